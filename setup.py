@@ -1,0 +1,63 @@
+"""Packaging of cbbl_d2. Every bound below has its reason; what has no bound has none."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version():
+    """The version that `cbbl_d2/__init__.py` states, read without importing torch."""
+    text = (HERE / "cbbl_d2" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+INSTALL_REQUIRES = [
+    # detectron2 itself is missing on purpose: the package index has no project of that name, and
+    # a direct URL here would build it from source against whatever compiler the machine has.
+    # `make install` runs tools/install_detectron2.py, a build of your own works as well, and
+    # `import cbbl_d2` says what to do when there is none.
+    #
+    # >= 2.3: the first torch built for NumPy 2. No upper bound: nothing here depends on one, and
+    # a driver or a GPU may need the newest.
+    "torch>=2.3",
+    "torchvision",  # every release pins the one torch that it fits
+    "numpy",
+    "fvcore>=0.1.5,<0.1.6",  # Detectron2's own lock: fvcore's minor releases may break it
+    "iopath>=0.1.7,<0.1.10",  # the same
+    "pycocotools>=2.0.8",  # the first one built for NumPy 2
+    # Detectron2's Visualizer imports cv2 and leaves the choice of the package to the user.
+    # Headless: no window is opened here, and opencv-python also links the system's libGL and
+    # libglib, which a bare Linux machine or container lacks (`import cv2` then fails).
+    "opencv-python-headless",
+    "Pillow>=9.1",  # the first one with Image.Resampling, which newer ones ask for
+    "matplotlib",
+    "PyYAML>=5.1",  # the first one with safe defaults in yaml.load, as yacs and fvcore need
+    "tqdm",
+]
+
+EXTRAS_REQUIRE = {
+    "dev": [
+        "pytest>=7",  # reads its configuration from pyproject.toml, with `pythonpath`
+        "ruff>=0.5",  # `ruff check` and `ruff format` with the settings of pyproject.toml
+    ],
+}
+
+readme = HERE / "README.md"
+
+setup(
+    name="cbbl_d2",
+    version=version(),
+    description="C-BBL: Confidence-driven Bounding Box Localization for small object detection, "
+    "as a Detectron2 project",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The cbbl_d2 authors",
+    license="Apache-2.0",
+    packages=find_packages(include=["cbbl_d2", "cbbl_d2.*"]),
+    python_requires=">=3.10",  # the oldest Python that current torch and NumPy support
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
