@@ -1,0 +1,33 @@
+"""
+The mathematics of C-BBL: grid, two-hot code, loss and decoding. Needs torch alone.
+
+Shape shorthand in this package:
+
+    B: number of grid points, ``n + 1`` for a grid of ``n`` intervals
+    ...: any leading dimensions, e.g. ``(R, 4)`` for the coordinates of R regions
+
+Naming convention:
+
+    offset: the value to localise (``t`` in the paper), e.g. the ``dx`` of Detectron2's
+        ``Box2BoxTransform`` after its weights. Same unit as the grid.
+    logits: unnormalised log-probabilities of the grid points, shape ``(..., B)``
+"""
+
+from .coding import entropy, expectation, one_hot, two_hot, variance
+from .grid import exponential_grid
+from .initialization import gaussian_logits
+from .losses import LABELS, UNCERTAINTIES, cbbl_loss, code_entropy
+
+__all__ = [
+    "LABELS",
+    "UNCERTAINTIES",
+    "cbbl_loss",
+    "code_entropy",
+    "entropy",
+    "expectation",
+    "exponential_grid",
+    "gaussian_logits",
+    "one_hot",
+    "two_hot",
+    "variance",
+]

@@ -1,0 +1,29 @@
+"""How the logits of an untrained head start."""
+
+import math
+
+import torch
+
+
+def gaussian_logits(grid: torch.Tensor, std: float) -> torch.Tensor:
+    """
+    Logits of a discretised Gaussian around zero offset: ``-y_i^2 / (2 std^2) + log(w_i)``, with
+    ``w_i`` the width of the cell around ``y_i``. As the bias of a new head they say "the proposal
+    is roughly right", where zero bias says "any offset is as likely as any other". On a symmetric
+    grid both decode to zero.
+
+    Args:
+        grid: shape ``(B,)``.
+        std: width of the Gaussian, in the unit of the grid; > 0.
+
+    Returns:
+        Tensor: shape ``(B,)``.
+
+    Raises:
+        ValueError: if ``std`` is not a finite number > 0.
+    """
+    if not (math.isfinite(std) and std > 0):
+        raise ValueError(f"std must be a finite number > 0, got {std!r}")
+    spacing = grid.diff()
+    cell = torch.cat((spacing[:1], spacing[:-1] + spacing[1:], spacing[-1:])) / 2
+    return cell.log() - grid**2 / (2 * std**2)
