@@ -1,0 +1,43 @@
+"""What a user should watch while a C-BBL head trains."""
+
+import torch
+from detectron2.utils.events import get_event_storage
+
+from cbbl_d2.distribution import code_entropy, entropy, expectation, two_hot
+
+
+@torch.no_grad()
+def log_localization_stats(
+    logits: torch.Tensor, offsets: torch.Tensor, grid: torch.Tensor, prefix: str = "cbbl"
+) -> None:
+    """
+    Put into the event storage, as means over all coordinates:
+
+    * ``clipped_fraction``: share of the targets outside the grid. More than a few percent: the
+      grid is too narrow, raise ``MODEL.CBBL.ALPHA``.
+    * ``entropy_gap``: ``|H(p*) - H(p)|`` in nats; how much more (or less) certain the head is
+      than its label.
+    * ``offset_l1``: ``|decoded - target|`` in the unit of the grid; what Smooth-L1 would see.
+
+    Without a foreground region there is nothing to take a mean of, and nothing is logged, as
+    Detectron2 does for ``fast_rcnn/fg_cls_accuracy``.
+
+    Args:
+        logits: shape ``(R, 4, B)``.
+        offsets: finite targets, shape ``(R, 4)``.
+        grid: shape ``(B,)``.
+    """
+    if offsets.numel() == 0:
+        return
+    outside = (offsets < grid[0]) | (offsets > grid[-1])
+    _, right_weight = two_hot(offsets, grid)
+    stats = torch.stack(
+        (
+            outside.float().mean(),
+            (code_entropy(right_weight) - entropy(logits)).abs().mean(),
+            (expectation(logits, grid) - offsets).abs().mean(),
+        )
+    ).tolist()  # one transfer from the device for all three
+    storage = get_event_storage()
+    for name, value in zip(("clipped_fraction", "entropy_gap", "offset_l1"), stats):
+        storage.put_scalar(f"{prefix}/{name}", value)
