@@ -190,8 +190,9 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             Tensor: boxes, shape ``(Ri, K * 4)``; below the threshold just the proposal.
         """
         num_regions, num_classes = len(logits), self.num_classes
+        num_logits = 4 * self.box2box_transform.num_points
         region, class_ = nonzero_tuple(scores[:, :num_classes] > self.test_score_thresh)
-        logits = logits.view(num_regions, num_classes, -1)[region, class_]
+        logits = logits.view(num_regions, num_classes, num_logits)[region, class_]
         decoded = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
         boxes = proposal_boxes.float()[:, None].repeat(1, num_classes, 1)
         boxes[region, class_] = decoded

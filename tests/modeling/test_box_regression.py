@@ -1,0 +1,80 @@
+import pytest
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+
+from cbbl_d2.distribution import exponential_grid, two_hot
+from cbbl_d2.modeling import CBBLBox2BoxTransform
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def random_boxes(num, seed=0, mean=200.0, std=40.0):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(num, 2, generator=generator) * mean
+    return torch.cat((low, low + 4 + torch.rand(num, 2, generator=generator) * std), dim=1)
+
+
+def code_logits(offsets, grid):
+    """Logits whose softmax is the two-hot code: (R, 4) -> (R, 4 * B)."""
+    left, right_weight = two_hot(offsets, grid)
+    code = torch.zeros(*offsets.shape, len(grid))
+    code.scatter_(-1, left[..., None], 1 - right_weight[..., None])
+    code.scatter_add_(-1, left[..., None] + 1, right_weight[..., None])
+    return code.log().flatten(1)
+
+
+@pytest.mark.parametrize("num_intervals", (2, 5, 16))
+@pytest.mark.parametrize("num_classes", (1, 3))
+def test_decoding_inverts_encoding(num_intervals, num_classes):
+    transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(8.0, 0.5, num_intervals))
+    proposals = random_boxes(200)
+    noise = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    targets = Box2BoxTransform(WEIGHTS).apply_deltas(noise, proposals)
+    offsets = transform.get_deltas(proposals, targets)
+    logits = code_logits(offsets, transform.grid).repeat(1, num_classes)
+    decoded = transform.apply_deltas(logits, proposals)
+    assert decoded.shape == (200, num_classes * 4)
+    assert torch.allclose(decoded, targets.repeat(1, num_classes), atol=1e-3)
+
+
+def test_offsets_are_those_of_detectron2():
+    transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(5.0, 1.0, 5))
+    a, b = random_boxes(50), random_boxes(50, seed=1)
+    assert torch.equal(transform.get_deltas(a, b), Box2BoxTransform(WEIGHTS).get_deltas(a, b))
+
+
+def test_uniform_logits_decode_to_the_proposals():
+    for n in (2, 5, 10, 33):
+        transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(5.0, 1.0, n))
+        boxes = random_boxes(50)
+        assert torch.allclose(transform.apply_deltas(torch.zeros(50, 4 * (n + 1)), boxes), boxes)
+
+
+def test_coordinates_do_not_mix():
+    # Only the logits of dx of the second class are moved.
+    grid = exponential_grid(5.0, 1.0, 4)
+    transform = CBBLBox2BoxTransform(WEIGHTS, grid)
+    logits = torch.zeros(1, 2, 4, 5)
+    logits[0, 1, 0, 4] = 100.0
+    box = torch.tensor([[10.0, 20, 30, 60]])
+    decoded = transform.apply_deltas(logits.flatten(1), box)
+    assert torch.allclose(decoded[:, :4], box)
+    # dx = alpha / weight = .5 of the width of 20
+    assert torch.allclose(decoded[:, 4:], box + torch.tensor([10.0, 0, 10, 0]), atol=1e-4)
+
+
+def test_zero_regions_and_wrong_width():
+    transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(5.0, 1.0, 5))
+    assert transform.apply_deltas(torch.zeros(0, 24), torch.zeros(0, 4)).shape == (0, 4)
+    assert transform.apply_deltas(torch.zeros(0, 48), torch.zeros(0, 4)).shape == (0, 8)
+    with pytest.raises(ValueError, match="width 4 .*6 points.* 24"):
+        transform.apply_deltas(torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+def test_half_precision_logits_decode_in_float32():
+    transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(5.0, 1.0, 5))
+    logits, boxes = torch.randn(20, 24).bfloat16(), random_boxes(20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = transform.apply_deltas(logits, boxes)
+    assert decoded.dtype == torch.float32
+    assert torch.allclose(decoded, transform.apply_deltas(logits.float(), boxes))
