@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""
+What a C-BBL head costs, against Detectron2's own head measured in the same run, alternating.
+
+    python benchmarks/head.py                      # R-50-FPN at 800x1333
+    python benchmarks/head.py --size 480 640 --rounds 3
+
+Prints ratios (C-BBL / stock): training step, peak memory, parameters, inference. And the time of
+loss + decoding for 512 boxes against a dense one-hot implementation of DFL (Generalized Focal
+Loss), forward and backward. Medians of the rounds, with their range.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from typing import Callable, Dict, List
+
+import torch
+import tqdm
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch.nn import functional as F
+
+from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
+from cbbl_d2.engine import load_config, one_line_errors
+
+CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
+STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
+CBBL = os.path.join(CONFIGS, "cbbl_faster_rcnn_R_50_FPN_1x.yaml")
+
+
+def make_model(config_file: str, class_specific: bool) -> torch.nn.Module:
+    cfg = load_config(config_file)
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = not class_specific
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    # From random weights the frozen batch norms of a ResNet blow up its features, and every
+    # proposal would be lost as not finite: weigh each residual branch lightly.
+    for name, buffer in model.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            buffer.fill_(0.1)
+    return model
+
+
+def make_inputs(height: int, width: int, num_objects: int = 30) -> List[Dict]:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(num_objects, 2, generator=generator) * torch.tensor([width, height]) * 0.9
+    size = 8 + torch.rand(num_objects, 2, generator=generator) * 60
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.cat((low, low + size), dim=1))
+    instances.gt_boxes.clip((height, width))
+    instances.gt_classes = torch.randint(80, (num_objects,), generator=generator)
+    image = torch.rand(3, height, width, generator=generator) * 255
+    return [{"image": image, "instances": instances, "height": height, "width": width}]
+
+
+def train_step(model: torch.nn.Module, inputs: List[Dict]) -> None:
+    model.train()
+    with EventStorage():
+        sum(model(inputs).values()).backward()
+    for p in model.parameters():
+        p.grad = None
+
+
+@torch.no_grad()
+def inference(model: torch.nn.Module, inputs: List[Dict]) -> None:
+    model.eval()
+    model(inputs)
+
+
+def seconds(function: Callable, *args) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(config_file: str, class_specific: bool, size: List[int], threads: int) -> float:
+    """MiB of one training step. On the CPU: peak resident size of this (fresh) process."""
+    torch.set_num_threads(threads)
+    model, inputs = make_model(config_file, class_specific), make_inputs(*size)
+    train_step(model, inputs)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> None:
+    """Median of the ratios of each round, so that a slow spell of the machine hits both sides."""
+    ratios = [b / a for a, b in zip(stock, cbbl)]
+    print(
+        f"{name:<16} stock {statistics.median(stock):10.2f} {unit:<4} "
+        f"C-BBL {statistics.median(cbbl):10.2f} {unit:<4} "
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+        flush=True,
+    )
+
+
+def compare_models(args: argparse.Namespace) -> None:
+    models = {name: make_model(name, args.class_specific) for name in (STOCK, CBBL)}
+    inputs = make_inputs(*args.size)
+    times = {(name, f): [] for name in models for f in (train_step, inference)}
+    steps = tqdm.tqdm(total=(args.rounds + 1) * 4, desc="alternating", leave=False)
+    for round_ in range(args.rounds + 1):
+        # Which comes first changes each round.
+        for name in list(models)[:: 1 if round_ % 2 else -1]:
+            for function in (train_step, inference):
+                time_ = seconds(function, models[name], inputs)
+                if round_ > 0:  # the first warms up
+                    times[name, function].append(time_)
+                steps.update()
+    steps.close()
+    for label, function in (("training step", train_step), ("inference", inference)):
+        show_ratio(label, times[STOCK, function], times[CBBL, function], "s")
+    counts = {n: [sum(p.numel() for p in m.parameters()) / 1e6] for n, m in models.items()}
+    show_ratio("parameters", counts[STOCK], counts[CBBL], "M")
+    del models
+    gc.collect()
+
+    memory = {STOCK: [], CBBL: []}
+    context = multiprocessing.get_context("spawn")
+    for _ in tqdm.trange(args.memory_rounds, desc="memory", leave=False):
+        for name in memory:
+            with context.Pool(1) as pool:  # a process of its own: peaks do not mix
+                arguments = (name, args.class_specific, args.size, args.threads)
+                memory[name].append(pool.apply(peak_memory, arguments))
+    show_ratio("peak memory", memory[STOCK], memory[CBBL], "MiB")
+
+
+def dense_dfl(logits: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """DFL on integer points, its label as a dense tensor: shapes (R, 4, B) and (R, 4)."""
+    num_points = logits.shape[-1]
+    left = distances.long().clamp(0, num_points - 2)
+    right_weight = (distances - left).unsqueeze(-1)
+    label = F.one_hot(left, num_points) * (1 - right_weight)
+    label = label + F.one_hot(left + 1, num_points) * right_weight
+    return -(label * F.log_softmax(logits, dim=-1)).sum()
+
+
+def compare_losses(num_boxes: int, num_intervals: int, rounds: int, device: str) -> None:
+    grid = exponential_grid(5.0, 1.0, num_intervals).to(device)
+    integers = torch.arange(num_intervals + 1.0, device=device)
+    torch.manual_seed(0)
+    logits = torch.randn(num_boxes, 4, num_intervals + 1, device=device, requires_grad=True)
+    offsets = torch.randn(num_boxes, 4, device=device)
+    distances = torch.rand(num_boxes, 4, device=device) * num_intervals * 0.999
+
+    def run_cbbl():
+        logits.grad = None
+        cbbl_loss(logits, offsets, grid, uncertainty="none")[0].backward()
+        with torch.no_grad():
+            expectation(logits, grid)
+
+    def run_dfl():
+        logits.grad = None
+        dense_dfl(logits, distances).backward()
+        with torch.no_grad():
+            (logits.softmax(dim=-1) * integers).sum(dim=-1)
+
+    def many(function: Callable, repeats: int = 50) -> float:
+        def repeat():
+            for _ in range(repeats):
+                function()
+
+        return seconds(repeat) / repeats * 1e6
+
+    many(run_cbbl), many(run_dfl)  # warm up
+    times = [(many(run_dfl), many(run_cbbl)) for _ in range(rounds)]
+    name = f"loss+decode n={num_intervals}"
+    show_ratio(name, [a for a, _ in times], [b for _, b in times], "us")
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--class-specific", action="store_true", help="K * 4 outputs, both heads")
+    parser.add_argument("--boxes", type=int, default=512, help="number of boxes of the loss")
+    parser.add_argument("--loss-only", action="store_true")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    print(f"{where}, {args.threads} threads, torch {torch.__version__}, {sys.version.split()[0]}")
+    if not args.loss_only:
+        kind = "class-specific" if args.class_specific else "class-agnostic"
+        print(f"Faster R-CNN R-50-FPN, one image of {args.size[0]}x{args.size[1]}, {kind}")
+        compare_models(args)
+    print(f"Loss + decoding of {args.boxes} boxes; 'stock' is dense one-hot DFL")
+    for num_intervals in (5, 16):
+        compare_losses(args.boxes, num_intervals, max(args.rounds, 11), device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Detectron2's training data loader, made to continue where an interrupted run stopped."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+from .broken_images import SkipBrokenImages
+
+
+class ResumableSampler(Sampler):
+    """
+    An infinite sampler that starts after the batches which an earlier run has used.
+
+    With aspect ratio grouping a batch is complete when one of two buckets (wide and tall images)
+    is full, so images can be drawn long before they are used. Those still waiting in a bucket
+    come first here.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        skip_batches: int = 0,
+        is_wide: list[bool] | None = None,
+    ):
+        """
+        Args:
+            sampler: yields the same indices each time it is iterated (all of Detectron2's do).
+            batch_size: of this process.
+            skip_batches: number of batches to leave out.
+            is_wide: for each image, whether it is wider than tall; None without aspect ratio
+                grouping.
+        """
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.skip_batches = skip_batches
+        self.is_wide = is_wide
+
+    def __iter__(self) -> Iterator[int]:
+        indices = iter(self.sampler)
+        buckets = ([], [])
+        skipped = 0
+        while skipped < self.skip_batches:
+            index = next(indices)
+            bucket = buckets[bool(self.is_wide and self.is_wide[index])]
+            bucket.append(index)
+            if len(bucket) == self.batch_size:
+                bucket.clear()
+                skipped += 1
+        yield from buckets[0]
+        yield from buckets[1]
+        yield from indices
+
+
+class ResumableTrainLoader:
+    """
+    Iterates like the result of Detectron2's ``build_detection_train_loader``, and in addition
+
+    * knows its place in the data stream: :meth:`state_dict` and :meth:`load_state_dict`. Exact
+      without data-loading workers; with workers, which read ahead and share out the images in
+      their own order, a few images around the place can come twice or not at all;
+    * goes on when an image is broken, see :class:`SkipBrokenImages`.
+
+    It builds the underlying loader when it is first asked for a batch: workers start with the
+    place in mind that a checkpoint has set.
+    """
+
+    def __init__(self, cfg, mapper=None):
+        """
+        Args:
+            cfg: Detectron2 config.
+            mapper: callable from a dataset dict to the model's input; default: ``DatasetMapper``.
+        """
+        if mapper is None:
+            mapper = DatasetMapper(cfg, is_train=True)
+        self._args: dict[str, Any] = _train_loader_from_config(cfg, mapper=mapper)
+        self._num_batches = 0
+
+    def __iter__(self):
+        args = dict(self._args)
+        dataset, mapper = args.pop("dataset"), args.pop("mapper")
+        if args["sampler"] is not None:
+            is_wide = None
+            if args["aspect_ratio_grouping"]:
+                is_wide = [d["width"] > d["height"] for d in dataset]
+            args["sampler"] = ResumableSampler(
+                args["sampler"],
+                args["total_batch_size"] // comm.get_world_size(),
+                self._num_batches,
+                is_wide,
+            )
+            # Not Detectron2's MapDataset: see SkipBrokenImages.
+            dataset = SkipBrokenImages(DatasetFromList(dataset, copy=False), mapper)
+            mapper = None
+        batches = iter(build_detection_train_loader(dataset, mapper=mapper, **args))
+        # Starting its iterator, a DataLoader draws a seed from torch's global generator. A resumed
+        # run would draw once more than one that was never interrupted: give the number back. (The
+        # augmentations of Detectron2 draw from NumPy.)
+        with torch.random.fork_rng(devices=[]):
+            batch = next(batches)
+        while True:
+            self._num_batches += 1
+            yield batch
+            batch = next(batches)
+
+    def state_dict(self) -> dict[str, int]:
+        state = {"num_batches": self._num_batches}
+        seed = getattr(self._args["sampler"], "_seed", None)
+        if seed is not None:
+            state["seed"] = int(seed)
+        return state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """To be called before the first batch."""
+        self._num_batches = state["num_batches"]
+        if "seed" in state:
+            # Detectron2 v0.6 has no public way to choose the seed of its samplers by config.
+            self._args["sampler"]._seed = state["seed"]

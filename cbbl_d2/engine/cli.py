@@ -1,0 +1,104 @@
+"""What the scripts of this project share: reading a config and ending in one clear line."""
+
+import difflib
+import functools
+import os
+import sys
+from typing import Callable, List, Optional
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from cbbl_d2.config import add_cbbl_config
+from cbbl_d2.errors import ConfigError, UserError
+
+
+def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
+    """
+    Detectron2's defaults, the keys of this project, a YAML file and ``KEY VALUE`` overrides, in
+    this order. The file is read with the safe YAML loader: a config cannot run code. Where torch
+    finds no GPU, ``MODEL.DEVICE`` becomes "cpu".
+
+    Args:
+        config_file: path of the YAML file, or "" for the defaults alone.
+        opts: ``[key, value, key, value, ...]`` as from the command line.
+
+    Raises:
+        ConfigError: no such file, malformed YAML, unknown key or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_cbbl_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise ConfigError(f"{config_file}: no such config file")
+        try:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+        except FileNotFoundError as e:
+            raise ConfigError(f"{config_file}: its _BASE_ {e.filename} does not exist") from e
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{config_file}: not valid YAML: {_one_line(e)}") from e
+        except (KeyError, ValueError, AssertionError, AttributeError) as e:
+            raise ConfigError(f"{config_file}: {_explain(e, cfg)}") from e
+    if opts:
+        if len(opts) % 2 != 0:
+            raise ConfigError(
+                f"overrides must come as KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
+            )
+        try:
+            cfg.merge_from_list(opts)
+        except (KeyError, ValueError, AssertionError, AttributeError) as e:
+            raise ConfigError(f"command line: {_explain(e, cfg)}") from e
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def one_line_errors(main: Callable) -> Callable:
+    """
+    Decorator for the ``main`` of a script: a :class:`UserError` is printed as ``error: ...``
+    without a traceback and ends the program with exit status 1. Other exceptions are bugs and
+    keep their traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as e:
+            print(f"error: {_message(e)}", file=sys.stderr)
+            sys.exit(1)
+
+    return wrapped
+
+
+def _message(error: UserError) -> str:
+    # A data loader's worker sends its whole traceback as the message; the last line is ours.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Original Traceback" in str(error):
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
+
+
+def _explain(error: Exception, cfg: CfgNode) -> str:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    message = _one_line(message)
+    # yacs words it differently for a file and for the command line.
+    if message.startswith("Non-existent "):
+        key = message.rpartition(" ")[2]
+        near = difflib.get_close_matches(key, _keys(cfg), n=1)
+        message = f"unknown config key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return message
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> List[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_keys(value, f"{prefix}{key}."))
+    return keys
+
+
+def _one_line(message) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,97 @@
+"""Detectron2's DefaultTrainer with COCO evaluation by size and with exact resuming."""
+
+import os
+from typing import Any, Dict
+
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.utils import comm
+
+from cbbl_d2.data.broken_images import NameBrokenImage
+from cbbl_d2.data.train_loader import ResumableTrainLoader
+from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation import build_coco_evaluator
+
+from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
+from .hooks import BestCheckpointer, ResumeState
+from .rng import preserve_rng
+
+
+class CBBLTrainer(DefaultTrainer):
+    """
+    What it adds to ``DefaultTrainer``:
+
+    * AP, AP50, AP75, APs, APm, APl and APvs (objects under 16 px) on ``cfg.DATASETS.TEST``;
+    * the model of the best AP as ``model_best.pth``;
+    * checkpoints that are never half written, and that hold all that a resumed run needs, on
+      Detectron2 v0.6, which leaves out the optimizer, as on main.
+    """
+
+    def __init__(self, cfg, resume: bool = False):
+        """
+        Args:
+            resume: whether :meth:`resume_or_load` will be called with ``resume=True``.
+        """
+        self._resume = resume
+        super().__init__(cfg)
+
+    def build_hooks(self):
+        # DefaultTrainer names the class of its checkpointer in the middle of __init__; this is
+        # the first method called after that.
+        self.checkpointer = CBBLCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
+        )
+        ret = super().build_hooks()
+        ret.insert(0, ResumeState(self._trainer.data_loader))
+        if comm.is_main_process() and len(self.cfg.DATASETS.TEST) > 0:
+            after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
+            ret.insert(after_eval, self._build_best_checkpointer())
+        return ret
+
+    def _build_best_checkpointer(self):
+        metric = "bbox/AP"
+        if len(self.cfg.DATASETS.TEST) > 1:
+            metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
+        checkpointer = BestModelCheckpointer(self.model, self.cfg.OUTPUT_DIR)
+        resume = self._resume and self.checkpointer.has_checkpoint()
+        return BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric, resume)
+
+    @property
+    def model(self):
+        return self._trainer.model
+
+    def state_dict(self) -> Dict[str, Any]:
+        ret = super().state_dict()
+        if "_trainer" not in ret:  # Detectron2 v0.6 forgets the optimizer
+            ret["_trainer"] = self._trainer.state_dict()
+        return ret
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        if "_trainer" not in state_dict:
+            raise UserError(
+                f"{self.cfg.OUTPUT_DIR}: its checkpoints were written by another program and lack "
+                "the state of the optimizer: they cannot be resumed. Give one as MODEL.WEIGHTS and "
+                "another OUTPUT_DIR, without --resume"
+            )
+        super().load_state_dict(state_dict)
+        if "load_state_dict" not in DefaultTrainer.__dict__:  # v0.6
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return ResumableTrainLoader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        mapper = NameBrokenImage(DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return build_coco_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        # Training goes on with the numbers it would have drawn without the evaluation.
+        with preserve_rng():
+            return super().test(cfg, model, evaluators)

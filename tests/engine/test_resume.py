@@ -1,0 +1,206 @@
+"""A run that was interrupted and resumed against one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from cbbl_d2.engine import CBBLTrainer
+from cbbl_d2.errors import UserError
+
+# Timings differ from run to run.
+NOT_COMPARED = {"time", "data_time", "eta_seconds", "rank_data_time"}
+
+
+class Interrupt(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise KeyboardInterrupt
+
+
+def metrics(output_dir):
+    """iteration -> everything logged for it; of rows written twice the last counts."""
+    rows = {}
+    with open(os.path.join(output_dir, "metrics.json")) as f:
+        for line in f:
+            row = json.loads(line)
+            rows.setdefault(row["iteration"], {}).update(row)
+    return {i: {k: v for k, v in row.items() if k not in NOT_COMPARED} for i, row in rows.items()}
+
+
+def train(cfg, output_dir, resume=False, interrupt_at=None):
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(output_dir)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    # As default_setup does at the start of each process.
+    from detectron2.utils.env import seed_all_rng
+
+    seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
+    trainer = CBBLTrainer(cfg, resume=resume)
+    # Writes each iteration, after everything else: the default period of 20 compares too little.
+    from detectron2.engine import hooks
+    from detectron2.utils.events import JSONWriter
+
+    trainer.register_hooks(
+        [hooks.PeriodicWriter([JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))], period=1)]
+    )
+    trainer.resume_or_load(resume=resume)
+    if interrupt_at is not None:
+        trainer.register_hooks([Interrupt(interrupt_at)])
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    else:
+        trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        # The evaluation comes between the checkpoint and the next iteration.
+        ["TEST.EVAL_PERIOD", 4, "INPUT.RANDOM_FLIP", "horizontal"],
+        # Without a fixed seed the data stream still has one, and images wait in two buckets.
+        ["SEED", -1, "INPUT.MIN_SIZE_TRAIN", (96, 128)],
+        ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+    ],
+)
+def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_path, overrides):
+    tiny_cfg.merge_from_list(
+        ["SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.MAX_ITER", 8, "INPUT.RANDOM_FLIP", "none"]
+    )
+    tiny_cfg.merge_from_list(overrides)
+    if tiny_cfg.SEED < 0:
+        # The first part has to be the same run: copy it instead of making it twice.
+        import shutil
+
+        train(tiny_cfg, tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+        (tmp_path / "parts" / "last_checkpoint").write_text("model_0000003.pth")
+    else:
+        train(tiny_cfg, tmp_path / "whole")
+        train(tiny_cfg, tmp_path / "parts", interrupt_at=6)
+    trainer = train(tiny_cfg, tmp_path / "parts", resume=True)
+    assert trainer.start_iter == 4
+
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert set(whole) == set(parts) == set(range(9))
+    for iteration in whole:
+        assert parts[iteration].keys() == whole[iteration].keys()
+        for key, value in whole[iteration].items():
+            # repr: also NaN equals NaN
+            assert repr(parts[iteration][key]) == repr(value), (iteration, key)
+    assert whole[8]["bbox/AP"] == whole[8]["bbox/AP"]  # evaluated, not NaN
+
+    a, b = (
+        torch.load(tmp_path / d / "model_final.pth", weights_only=True) for d in ("whole", "parts")
+    )
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    states = a["trainer"]["_trainer"]["optimizer"]["state"]
+    assert len(states) > 50
+    for index, state in states.items():
+        other = b["trainer"]["_trainer"]["optimizer"]["state"][index]
+        assert torch.equal(state["momentum_buffer"], other["momentum_buffer"])
+
+
+def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
+    """The issue of a real kill: the checkpoint that is being written must not count."""
+    command = [
+        sys.executable,
+        os.path.join(repository, "train_net.py"),
+        "--config-file",
+        os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml"),
+    ]
+    options = ["SOLVER.MAX_ITER", "60", "SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "killed"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *options], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+        deadline = time.time() + 300
+        while not (output / "model_0000003.pth").exists():
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = (output / "last_checkpoint").read_text()
+    iteration = torch.load(output / last, weights_only=True)["iteration"]
+
+    options[1] = str(iteration + 3)
+    result = subprocess.run(
+        [*command, "--resume", *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"Starting training from iteration {iteration + 1}" in result.stdout
+    assert (output / "model_final.pth").exists()
+    for path in output.glob("*.pth"):
+        torch.load(path, weights_only=True)  # none is half written
+
+
+def test_best_model_survives_resuming(tiny_cfg, tmp_path, monkeypatch):
+    """Of APs 30, 50 | resume | 40, 20 the best is the second."""
+    aps = iter([30.0, 50.0, 40.0, 20.0])
+    monkeypatch.setattr(
+        CBBLTrainer, "test", classmethod(lambda cls, cfg, model: {"bbox": {"AP": next(aps)}})
+    )
+    tiny_cfg.merge_from_list(
+        ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 8, "TEST.EVAL_PERIOD", 2]
+    )
+    train(tiny_cfg, tmp_path / "run", interrupt_at=5)
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
+    trainer = train(tiny_cfg, tmp_path / "run", resume=True)
+    assert trainer.start_iter == 4
+    best = json.loads((tmp_path / "run" / "model_best.json").read_text())
+    assert best == {"bbox/AP": 50.0, "iteration": 3}
+    state = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)
+    second = torch.load(tmp_path / "run" / "model_0000003.pth", weights_only=True)
+    for name, value in state["model"].items():
+        assert torch.equal(value, second["model"][name])
+
+
+def test_a_fresh_run_forgets_the_best_model_of_the_folder(tiny_cfg, tmp_path, monkeypatch):
+    aps = iter([30.0, 20.0])
+    monkeypatch.setattr(
+        CBBLTrainer, "test", classmethod(lambda cls, cfg, model: {"bbox": {"AP": next(aps)}})
+    )
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 1])
+    for ap in (30.0, 20.0):
+        train(tiny_cfg, tmp_path / "run")
+        best = json.loads((tmp_path / "run" / "model_best.json").read_text())
+        assert best["bbox/AP"] == ap
+
+
+def test_resuming_with_another_grid_is_refused(tiny_cfg, tmp_path):
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 1])
+    tiny_cfg.DATASETS.TEST = ()
+    train(tiny_cfg, tmp_path / "run")
+    tiny_cfg.MODEL.CBBL.NUM_INTERVALS = 8
+    with pytest.raises(UserError, match="model_final.pth: does not fit.*bbox_pred"):
+        train(tiny_cfg, tmp_path / "run", resume=True)
+
+
+def test_checkpoints_of_another_program_are_refused(tiny_cfg, tmp_path):
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 1])
+    tiny_cfg.DATASETS.TEST = ()
+    train(tiny_cfg, tmp_path / "run")
+    path = tmp_path / "run" / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["trainer"]["_trainer"]  # as stock Detectron2 v0.6 writes it
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="state of the optimizer"):
+        train(tiny_cfg, tmp_path / "run", resume=True)
