@@ -77,7 +77,7 @@ def _message(error: UserError) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Original Traceback" in str(error):
         return lines[-1].partition(": ")[2]
-    return " ".join(lines)
+    return _one_line(error)
 
 
 def _explain(error: Exception, cfg: CfgNode) -> str:

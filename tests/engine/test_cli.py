@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from cbbl_d2.engine import load_config, one_line_errors
+from cbbl_d2.errors import ConfigError, UserError
+
+
+def test_overrides_and_device(repository):
+    cfg = load_config(f"{repository}/configs/SmallShapes/cbbl.yaml", ["MODEL.CBBL.ALPHA", "3.5"])
+    assert cfg.MODEL.CBBL.ALPHA == 3.5
+    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.CBBL.ALPA", "3.0"], r"MODEL\.CBBL\.ALPA; did you mean MODEL\.CBBL\.ALPHA\?"),
+        (["MODEL.CBBL.NUM_INTERVALS", "many"], r"MODEL\.CBBL\.NUM_INTERVALS"),
+        (["MODEL.CBBL.ALPHA"], "KEY VALUE pairs"),
+    ],
+)
+def test_bad_overrides(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("", opts)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("MODEL:\n  CBBL:\n    BETTA: 1.0\n", r"mine.yaml: unknown .*BETTA; did you mean .*BETA\?"),
+        ("MODEL: [", "mine.yaml: not valid YAML"),
+        ("_BASE_: nothing.yaml\n", "nothing.yaml does not exist"),
+        ("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n", "mine.yaml: not valid YAML"),
+        ("just text\n", "mine.yaml: "),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+        load_config("nowhere.yaml")
+
+
+def test_one_line_errors(capsys):
+    @one_line_errors
+    def fails(error):
+        raise error
+
+    with pytest.raises(SystemExit) as status:
+        fails(UserError("a.json: broken;\n mend it"))
+    assert status.value.code == 1
+    assert capsys.readouterr().err == "error: a.json: broken; mend it\n"
+
+    # As torch's data loader passes on the error of a worker.
+    worker = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent"
+    with pytest.raises(SystemExit):
+        fails(UserError(f"{worker} call last):\n  ...\ncbbl_d2.errors.UserError: x.png: broken\n"))
+    assert capsys.readouterr().err == "error: x.png: broken\n"
+
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        fails(ZeroDivisionError())
