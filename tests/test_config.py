@@ -62,7 +62,9 @@ def test_config_builds_and_takes_a_training_step(name):
     sum(losses.values()).backward()
     weight = model.roi_heads.box_predictor.bbox_pred.weight
     assert torch.isfinite(weight.grad).all() and weight.grad.abs().max() > 0
-    outputs = 4 if "CBBL" not in cfg.MODEL.ROI_HEADS.NAME else 4 * (cfg.MODEL.CBBL.NUM_INTERVALS + 1)
+    outputs = (
+        4 if "CBBL" not in cfg.MODEL.ROI_HEADS.NAME else 4 * (cfg.MODEL.CBBL.NUM_INTERVALS + 1)
+    )
     assert weight.shape[0] == outputs  # class-agnostic
 
 

@@ -47,7 +47,9 @@ def exponential_grid(
         points = [_stretch(alpha * i / n, alpha, beta) for i in range(n + 1)]
     else:
         # Mirror the positive half rather than compute both: exact antisymmetry.
-        positive = [_stretch(alpha * (2 * i - n) / n, alpha, beta) for i in range(n // 2 + 1, n + 1)]
+        positive = [
+            _stretch(alpha * (2 * i - n) / n, alpha, beta) for i in range(n // 2 + 1, n + 1)
+        ]
         middle = [0.0] if n % 2 == 0 else []
         points = [-y for y in reversed(positive)] + middle + positive
 

@@ -143,9 +143,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         )
         return torch.stack(losses) / max(gt_classes.numel(), 1.0)
 
-    def inference(
-        self, predictions: Tuple[torch.Tensor, torch.Tensor], proposals: List[Instances]
-    ):
+    def inference(self, predictions: Tuple[torch.Tensor, torch.Tensor], proposals: List[Instances]):
         """
         As in the base class. A class-specific head decodes only the (box, class) pairs whose
         score is above the threshold: the others are dropped next anyway.

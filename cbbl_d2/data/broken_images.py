@@ -1,0 +1,146 @@
+"""
+Images that are missing, truncated, no images at all, or not of the size that their annotation says.
+
+Training goes on without them and counts them (:class:`SkipBrokenImages`). An evaluation stops and
+names the file (:class:`NameBrokenImage`): without the image its objects would count as missed, and
+without its objects the result would be that of another data set.
+"""
+
+import errno
+import logging
+from collections.abc import Callable
+
+import torch
+from detectron2.data import detection_utils
+from PIL import Image
+
+from cbbl_d2.errors import UserError
+
+__all__ = ["BROKEN_IMAGE_ERRORS", "NameBrokenImage", "SkipBrokenImages"]
+
+logger = logging.getLogger(__name__)
+
+# What Detectron2's DatasetMapper raises for a broken image. OSError: missing, a folder, truncated,
+# not an image (PIL.UnidentifiedImageError). SyntaxError: Pillow's for a PNG with a damaged chunk.
+# DecompressionBombError: a damaged header that claims gigapixels. Some rare formats end in other
+# errors, which bugs raise as well: for these the file is read once more, see _why_broken.
+BROKEN_IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    detection_utils.SizeMismatchError,
+)
+
+# The machine's trouble, not the image's: to skip images for it would hide it.
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+
+_MAX_CONSECUTIVE_FAILURES = 100
+
+
+class SkipBrokenImages(torch.utils.data.Dataset):
+    """
+    Maps the items of a data set; in place of one whose image is broken it gives the next one.
+
+    The next one, not a random one: a resumed run then sees the same images as one that was never
+    interrupted. (Detectron2's ``MapDataset`` can replace items for which the mapper returns None,
+    at random, and in v0.6 with a call that Python >= 3.11 has removed.)
+
+    Every broken file is logged once, with the number of them so far, also across the workers of
+    a data loader.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, mapper: Callable[[dict], dict | None]):
+        """
+        Args:
+            dataset: a map-style data set of Detectron2's dataset dicts.
+            mapper: from a dataset dict to the input of a model, for example ``DatasetMapper``.
+                Returns None to have the item skipped.
+        """
+        self._dataset = dataset
+        self._mapper = mapper
+        # In shared memory: the workers of a data loader, which are other processes, add to it.
+        self._is_broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        """
+        Raises:
+            UserError: many images in a row are broken: this is not the odd damaged file.
+        """
+        limit = min(_MAX_CONSECUTIVE_FAILURES, len(self))
+        for step in range(limit):
+            current = (int(index) + step) % len(self)
+            record = self._dataset[current]
+            file_name = record.get("file_name")
+            try:
+                item = self._mapper(record)
+            except Exception as e:
+                reason = _why_broken(e, file_name)
+                if not reason:
+                    raise
+                self._report(current, file_name, reason)
+                continue
+            if item is not None:
+                return item
+            reason = "the mapper leaves it out"
+        raise UserError(
+            f"{limit} images in a row cannot be used, the last is {file_name} ({reason}): check "
+            "the image folder of the data set"
+        )
+
+    def _report(self, index: int, file_name: str, reason: str) -> None:
+        if not self._is_broken[index]:
+            self._is_broken[index] = True
+            logger.warning(
+                f"Skipping the image {file_name}: {reason} "
+                f"(broken images so far: {int(self._is_broken.sum())})"
+            )
+
+
+class NameBrokenImage:
+    """A mapper that turns the error of another one over a broken image into a UserError."""
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        """
+        Args:
+            mapper: from a dataset dict to the input of a model, for example ``DatasetMapper``.
+        """
+        self._mapper = mapper
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Raises:
+            UserError: the image is broken.
+        """
+        file_name = dataset_dict.get("file_name")
+        try:
+            return self._mapper(dataset_dict)
+        except Exception as e:
+            reason = _why_broken(e, file_name)
+            if not reason:
+                raise
+            raise UserError(
+                f"cannot evaluate without the image {file_name} ({reason}): restore the file or "
+                "take it out of the annotation file"
+            ) from e
+
+
+def _why_broken(error: Exception, file_name: str | None) -> str:
+    """One line on what is wrong with an image; "" if the error has another cause."""
+    if file_name is None or isinstance(error, UserError):
+        return ""
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        return ""
+    if not isinstance(error, BROKEN_IMAGE_ERRORS):
+        try:
+            detection_utils.read_image(file_name)
+            return ""
+        except Exception as again:
+            error = again
+    # Pillow's message ends in the representation of a file object; the file is named already.
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())

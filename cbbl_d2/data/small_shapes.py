@@ -1,0 +1,231 @@
+"""
+SmallShapes: a synthetic data set of small objects that needs no download.
+
+Importing this module registers ``small_shapes_train``, ``small_shapes_val`` and
+``small_shapes_test``. The images are drawn on first use (under a minute) into
+
+    $DETECTRON2_DATASETS/small_shapes/<fingerprint of the spec>/
+        train/000000.png ...   val/ ...   test/ ...
+        annotations/instances_train.json, instances_val.json, instances_test.json
+
+an ordinary COCO-format folder: COCO boxes ``[x, y, width, height]`` in pixels, ``area`` is the
+box's. The fingerprint changes with every setting, so data of different specs never mix.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
+from PIL import Image
+from tqdm import tqdm
+
+from cbbl_d2.data.small_shapes_drawing import CLASS_NAMES, SPLITS, SmallShapesSpec, draw_image
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_folder
+
+__all__ = ["SmallShapesSpec", "generate_small_shapes", "register_small_shapes"]
+
+logger = logging.getLogger(__name__)
+
+
+def register_small_shapes(
+    name_prefix: str = "small_shapes",
+    spec: SmallShapesSpec | None = None,
+    root: str | None = None,
+) -> None:
+    """
+    Register ``{name_prefix}_train``, ``_val`` and ``_test``; nothing is written before first use.
+
+    Registering the same data under the same names again changes nothing.
+
+    Args:
+        name_prefix: start of the three names.
+        spec: what the images contain; the default spec if None.
+        root: folder that gets ``small_shapes/<fingerprint>``. None is Detectron2's data-set root,
+            ``$DETECTRON2_DATASETS`` or ``datasets``, looked up at each use.
+
+    Raises:
+        UserError: a name is taken by other data.
+    """
+    spec = SmallShapesSpec() if spec is None else spec
+    for split in SPLITS:
+        name = f"{name_prefix}_{split}"
+        identity = {"small_shapes": spec.fingerprint, "small_shapes_root": root}
+        if name in DatasetCatalog:
+            present = MetadataCatalog.get(name).as_dict()
+            if any(key not in present or present[key] != identity[key] for key in identity):
+                raise UserError(
+                    f"data set name {name} is already registered with other data: "
+                    f"choose another name_prefix"
+                )
+            continue
+        MetadataCatalog[name] = _SmallShapesMetadata(name=name, small_shapes_split=split)
+        MetadataCatalog.get(name).set(
+            **identity,
+            evaluator_type="coco",
+            thing_classes=list(CLASS_NAMES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
+        )
+        DatasetCatalog.register(name, _Loader(name, spec, split, root))
+
+
+def generate_small_shapes(folder: str, spec: SmallShapesSpec, progress: bool = True) -> None:
+    """
+    Draw all splits into ``folder``, which appears complete or not at all.
+
+    Processes that generate the same folder at once are safe: one draws, the others wait and use
+    its result. An existing folder is left as it is.
+
+    Args:
+        folder: where the data set goes, missing parents are created.
+        spec: what the images contain.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: ``folder`` cannot be written to.
+    """
+    folder = os.path.abspath(folder)
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        with file_lock(folder):
+            if os.path.isdir(folder):
+                return
+            logger.info(f"Drawing the SmallShapes data set into {folder}")
+            with atomic_folder(folder) as partial:
+                _write_all(partial, spec, progress)
+    except OSError as e:
+        raise UserError(
+            f"cannot write the SmallShapes data set to {folder} ({e.strerror or e}): make room "
+            f"or choose a folder you may write to, DETECTRON2_DATASETS for the built-in names"
+        ) from e
+
+
+class _SmallShapesMetadata(Metadata):
+    """
+    Metadata that knows where the files are before they exist.
+
+    The paths are computed at each access, because the data-set root may change after import.
+    """
+
+    @property
+    def json_file(self) -> str:
+        return _json_file(self._folder, self.small_shapes_split)
+
+    @property
+    def image_root(self) -> str:
+        return os.path.join(self._folder, self.small_shapes_split)
+
+    @property
+    def _folder(self) -> str:
+        return _folder(self.small_shapes_root, self.small_shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """What ``DatasetCatalog.get`` calls: makes the files if needed, returns the dataset dicts."""
+
+    name: str
+    spec: SmallShapesSpec
+    split: str
+    root: str | None
+
+    def __call__(self) -> list[dict]:
+        folder = _folder(self.root, self.spec.fingerprint)
+        if not os.path.isdir(folder):
+            generate_small_shapes(folder, self.spec)
+        try:
+            dicts = load_coco_json(
+                _json_file(folder, self.split), os.path.join(folder, self.split), self.name
+            )
+            present = set(os.listdir(os.path.join(folder, self.split)))
+            files = (record["file_name"] for record in dicts)
+            missing = [file for file in files if os.path.basename(file) not in present]
+            damage = f"{missing[0]} is missing" if missing else ""
+        except FileNotFoundError as e:
+            damage = f"{e.filename} is missing"
+        except json.JSONDecodeError:
+            damage = f"{_json_file(folder, self.split)} is no valid JSON"
+        if damage:
+            raise UserError(
+                f"the SmallShapes data set is damaged: {damage}; delete the folder {folder} and "
+                f"run again, it is then drawn anew"
+            )
+        return dicts
+
+
+def _folder(root: str | None, fingerprint: str) -> str:
+    if root is None:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    return os.path.join(os.path.expanduser(root), "small_shapes", fingerprint)
+
+
+def _json_file(folder: str, split: str) -> str:
+    return os.path.join(folder, "annotations", f"instances_{split}.json")
+
+
+def _write_all(folder: str, spec: SmallShapesSpec, progress: bool) -> None:
+    total = sum(spec.num_images(split) for split in SPLITS)
+    os.makedirs(os.path.join(folder, "annotations"))
+    with tqdm(
+        total=total, desc="SmallShapes", unit="image", mininterval=1, disable=not progress
+    ) as bar:
+        for split in SPLITS:
+            os.makedirs(os.path.join(folder, split))
+            coco = _empty_coco(spec, split)
+            for index in range(spec.num_images(split)):
+                image, boxes, classes = draw_image(spec, split, index)
+                name = f"{index:06d}.png"
+                # Light compression: noise hardly compresses, and the default takes twice as long.
+                Image.fromarray(image).save(os.path.join(folder, split, name), compress_level=1)
+                _append_image(coco, index, name, spec.image_size, boxes, classes)
+                bar.update()
+            with open(_json_file(folder, split), "w") as f:
+                json.dump(coco, f)
+
+
+def _empty_coco(spec: SmallShapesSpec, split: str) -> dict:
+    return {
+        "info": {
+            "description": f"SmallShapes {split}, synthetic",
+            "version": spec.fingerprint,
+            "spec": dataclasses.asdict(spec),
+        },
+        "licenses": [],
+        "categories": [
+            {"id": i + 1, "name": name, "supercategory": "shape"}
+            for i, name in enumerate(CLASS_NAMES)
+        ],
+        "images": [],
+        "annotations": [],
+    }
+
+
+def _append_image(
+    coco: dict, index: int, file_name: str, size: int, boxes: np.ndarray, classes: np.ndarray
+) -> None:
+    # COCO ids start at 1: pycocotools takes the annotation id 0 for "no match".
+    image_id = index + 1
+    coco["images"].append({"id": image_id, "file_name": file_name, "width": size, "height": size})
+    for (x0, y0, x1, y1), class_index in zip(boxes.tolist(), classes.tolist(), strict=True):
+        width, height = round(x1 - x0, 3), round(y1 - y0, 3)
+        coco["annotations"].append(
+            {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": class_index + 1,
+                "bbox": [x0, y0, width, height],
+                "area": round(width * height, 3),
+                "iscrowd": 0,
+            }
+        )
+
+
+register_small_shapes()
+# Made in a second: for tests, and to see whether a new config runs at all.
+register_small_shapes("small_shapes_mini", SmallShapesSpec(num_train=24, num_val=12, num_test=12))

@@ -1,0 +1,9 @@
+"""Metrics."""
+
+from cbbl_d2.evaluation.coco import (
+    VERY_SMALL_AREA,
+    SmallObjectCOCOEvaluator,
+    build_coco_evaluator,
+)
+
+__all__ = ["VERY_SMALL_AREA", "SmallObjectCOCOEvaluator", "build_coco_evaluator"]

@@ -1,0 +1,460 @@
+"""
+Pictures of small objects: ground truth beside predictions, enlarged so that a person can see them.
+
+The boxes and labels are drawn by Detectron2's :class:`Visualizer`, with the primitives that it
+offers for a style of one's own. Its ready-made style is meant for large objects: its labels would
+cover an object of 10 pixels, and its lines would be as thick as the object.
+
+Glossary: images are (H, W, 3) uint8, RGB; boxes are XYXY in pixels of the image as it is on disk,
+whatever the enlargement.
+"""
+
+import colorsys
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.patheffects import withStroke
+
+from .errors import UserError
+
+__all__ = [
+    "ClassStyle",
+    "contact_sheet",
+    "draw_boxes",
+    "draw_pair",
+    "enlarge",
+    "enlargement",
+    "shrink",
+]
+
+# Seven colors of Okabe and Ito ("Color Universal Design", 2008), which people with any kind of
+# color vision can tell apart, and three light ones that stay distinct from them.
+_PALETTE = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (213, 94, 0),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (0, 114, 178),
+    (251, 175, 228),
+    (202, 145, 97),
+    (225, 225, 225),
+)
+
+# Short side that `enlargement` aims at, and the long side that it does not exceed, pixels.
+_SHORT_SIDE = 600
+_LONG_SIDE = 4096
+# matplotlib cannot render a larger figure than 2**16 pixels; a pair is two of them.
+_LARGEST_SIDE = 2**15
+
+_INK, _FAINT = "#222222", "#777777"
+_GAP = 8  # between the panels of a pair and around those of a contact sheet, pixels
+_WIDE = 2.5  # width / height from which on the panels of a pair are stacked
+_PAGE = 1.4  # height / width that a contact sheet aims at
+
+# A label may cover this share of another object at most, otherwise it is left out.
+_MAX_COVERED = 0.2
+
+
+class ClassStyle:
+    """
+    Name and color of every class. The color depends on the class index alone, so that it is the
+    same in all panels and pictures.
+    """
+
+    def __init__(self, metadata: Metadata | None = None):
+        """
+        Args:
+            metadata: of the data set; ``thing_classes`` gives the names. ``thing_colors`` gives the
+                colors of more than ten classes; up to ten have a palette which color-blind people
+                can tell apart. It is not modified. Without it the names are "class 0", ...
+        """
+        self._names = [] if metadata is None else list(metadata.get("thing_classes", None) or [])
+        self._colors = list(_PALETTE)
+        if len(self._names) > len(_PALETTE):
+            colors = metadata.get("thing_colors", None)
+            if not colors or len(colors) < len(self._names):
+                colors = colormap(rgb=True, maximum=255)
+            self._colors = [tuple(int(c) for c in color) for color in colors]
+
+    def name(self, index: int) -> str:
+        return self._names[index] if 0 <= index < len(self._names) else f"class {index}"
+
+    def color(self, index: int) -> tuple[float, float, float]:
+        """RGB in [0, 1], as matplotlib takes it."""
+        return tuple(c / 255 for c in self._colors[index % len(self._colors)])
+
+
+def enlargement(image_shape: Sequence[int], short_side: int = _SHORT_SIDE) -> int:
+    """
+    The smallest integer factor that brings the short side to ``short_side`` pixels or more. Never
+    less than 1, and no more than keeps a long side within 4096 pixels.
+
+    Args:
+        image_shape: (height, width, ...).
+    """
+    height, width = image_shape[:2]
+    wanted = math.ceil(short_side / min(height, width))
+    return max(1, min(wanted, _LONG_SIDE // max(height, width)))
+
+
+def enlarge(image: np.ndarray, scale: float) -> np.ndarray:
+    """
+    Resize an image by ``scale``. An integer factor repeats the pixels: the picture then shows what
+    the detector got, and does not invent smooth contours.
+
+    Returns:
+        array (round(scale * H), round(scale * W), 3).
+
+    Raises:
+        UserError: the result would be too large, or empty.
+    """
+    height, width = (round(scale * side) for side in image.shape[:2])
+    if not (0 < min(height, width) and max(height, width) <= _LARGEST_SIDE):
+        raise UserError(
+            f"scale {scale:g} makes a picture of {width} x {height} pixels: choose one that gives "
+            f"sides of 1 to {_LARGEST_SIDE}"
+        )
+    if (height, width) == image.shape[:2]:
+        return image
+    if scale == int(scale):
+        interpolation = cv2.INTER_NEAREST
+    else:
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=interpolation)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[str],
+    colors: Sequence[tuple[float, float, float]],
+    dashed: Sequence[bool] | None = None,
+) -> np.ndarray:
+    """
+    Draw N boxes with thin lines and, where there is room beside the objects, their labels. A label
+    that would cover another label, or much of another object, is left out.
+
+    Args:
+        image: (H, W, 3), already enlarged.
+        boxes: (N, 4), pixels of ``image``.
+        labels: N texts.
+        colors: N colors, RGB in [0, 1].
+        dashed: N flags, for crowd regions.
+
+    Returns:
+        array (H, W, 3).
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    dashed = [False] * len(boxes) if dashed is None else dashed
+    visualizer = Visualizer(image)
+    canvas = visualizer.output
+    short_side = min(image.shape[:2])
+    line_width = np.clip(short_side / 420, 1.8, 3) * 72 / canvas.dpi  # points
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for i in np.argsort(-areas, kind="stable"):
+        style = "--" if dashed[i] else "-"
+        visualizer.draw_box(boxes[i], alpha=1, edge_color=colors[i], line_style=style)
+        patch = canvas.ax.patches[-1]
+        patch.set_linewidth(line_width)
+        # A dark rim keeps every color visible on every background.
+        patch.set_path_effects([withStroke(linewidth=1.7 * line_width, foreground="black")])
+    _draw_labels(visualizer, boxes, labels, colors)
+    return canvas.get_image()
+
+
+def draw_pair(
+    image: np.ndarray,
+    ground_truth: list[dict] | None,
+    predictions: Instances | None,
+    metadata: Metadata | None = None,
+    scale: float | None = None,
+    name: str = "",
+    note: str = "",
+) -> np.ndarray:
+    """
+    Ground truth on the left, predictions on the right (very wide images: above and below), each
+    under a caption that says which it is and counts the objects of every class. A side given as
+    None is left out.
+
+    Args:
+        image: (H, W, 3).
+        ground_truth: the "annotations" of Detectron2's dataset dict: "bbox", "bbox_mode",
+            "category_id" and perhaps "iscrowd".
+        predictions: "pred_boxes", "scores" and "pred_classes", on the CPU or not.
+        metadata: for names and colors, see :class:`ClassStyle`.
+        scale: factor of the enlargement, by default that of :func:`enlargement`.
+        name: of the image, for the captions.
+        note: for the caption of the predictions, e.g. the score threshold.
+
+    Returns:
+        array (height, width, 3): the panels of round(scale * H) x round(scale * W) pixels with
+        their captions.
+
+    Raises:
+        UserError: an annotation that is no axis-aligned box, or an impossible scale.
+    """
+    style = ClassStyle(metadata)
+    scale = enlargement(image.shape) if scale is None else scale
+    canvas = enlarge(image, scale)
+    # Sides are rounded to whole pixels, so the exact factors differ a little from `scale`.
+    factors = np.divide(canvas.shape[1::-1], image.shape[1::-1])
+    factors = np.concatenate([factors, factors])
+    size = f"{image.shape[1]} \N{MULTIPLICATION SIGN} {image.shape[0]}"
+    if scale != 1:
+        size += f", shown \N{MULTIPLICATION SIGN}{scale:g}"
+    panels = []
+    if ground_truth is not None:
+        boxes, classes, crowd = _read_annotations(ground_truth, name)
+        labels = [
+            style.name(c) + (" (crowd)" if d else "") for c, d in zip(classes, crowd, strict=True)
+        ]
+        colors = [style.color(c) for c in classes]
+        drawn = draw_boxes(canvas, boxes * factors, labels, colors, crowd)
+        panels.append(_with_caption(drawn, "Ground truth", [name, size], classes, style))
+    if predictions is not None:
+        boxes = predictions.pred_boxes.tensor.detach().cpu().numpy()
+        classes = predictions.pred_classes.tolist()
+        labels = [
+            f"{style.name(c)} {s:.0%}"
+            for c, s in zip(classes, predictions.scores.tolist(), strict=True)
+        ]
+        colors = [style.color(c) for c in classes]
+        drawn = draw_boxes(canvas, boxes * factors, labels, colors)
+        remarks = [note] if panels else [note, name, size]
+        panels.append(_with_caption(drawn, "Predictions", remarks, classes, style))
+    if not panels:
+        raise ValueError("draw_pair: neither ground truth nor predictions were given")
+    axis = 1 if image.shape[1] <= _WIDE * image.shape[0] else 0
+    gap = list(panels[0].shape)
+    gap[axis] = _GAP
+    gap = np.full(gap, 255, dtype=np.uint8)
+    return np.concatenate([x for p in panels for x in (gap, p)][1:], axis=axis)
+
+
+def shrink(picture: np.ndarray, width: int) -> np.ndarray:
+    """Make a picture (h, w, 3) at most ``width`` pixels wide; never enlarge it."""
+    if picture.shape[1] <= width:
+        return picture
+    height = max(1, int(len(picture) * width / picture.shape[1]))
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], max_side: int = 3000) -> np.ndarray:
+    """
+    All pictures on one sheet, row by row, in as many columns as bring it closest to the shape of
+    an upright page: fewer and larger pictures a row than a square would have.
+
+    Args:
+        pictures: (h, w, 3) arrays of any sizes; a wide one is shrunk to the common column width.
+        max_side: the sheet is shrunk to this, pixels.
+
+    Returns:
+        array (height, width, 3), no side longer than ``max_side``.
+    """
+    if not pictures:
+        raise ValueError("contact_sheet: no pictures")
+    # One huge picture among many does not dictate the width of all columns.
+    column = int(np.median([p.shape[1] for p in pictures]))
+    pictures = [shrink(p, column) for p in pictures]
+    height = sum(len(p) for p in pictures) / len(pictures)
+
+    def elongation(columns: int) -> float:
+        rows = math.ceil(len(pictures) / columns)
+        return abs(math.log(_PAGE * columns * column / (rows * height)))
+
+    columns = min(range(1, len(pictures) + 1), key=elongation)
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(len(p) for p in row) for row in rows]
+    # First the final size, then the sheet: so it is never held at full size.
+    full = (sum(heights) + _GAP * (len(rows) + 1), columns * (column + _GAP) + _GAP)
+    factor = min(1.0, max_side / max(full))
+    sheet = np.full([max(1, int(factor * side)) for side in full] + [3], 255, dtype=np.uint8)
+    top = float(_GAP)
+    for row, row_height in zip(rows, heights, strict=True):
+        for j, picture in enumerate(row):
+            left = _GAP + j * (column + _GAP) + (column - picture.shape[1]) / 2
+            y, x = int(factor * top), int(factor * left)
+            picture = shrink(picture, max(1, int(factor * picture.shape[1])))
+            window = sheet[y : y + len(picture), x : x + picture.shape[1]]
+            window[:] = picture[: window.shape[0], : window.shape[1]]
+        top += row_height + _GAP
+    return sheet
+
+
+def _read_annotations(
+    annotations: list[dict], name: str
+) -> tuple[np.ndarray, list[int], list[bool]]:
+    """Boxes (N, 4), classes and crowd flags of a dataset dict's annotations."""
+    boxes = []
+    for annotation in annotations:
+        if len(annotation["bbox"]) != 4:
+            raise UserError(f"{name}: only axis-aligned boxes can be drawn, not rotated ones")
+        box = [float(x) for x in annotation["bbox"]]
+        boxes.append(BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS))
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    classes = [int(a["category_id"]) for a in annotations]
+    return boxes, classes, [bool(a.get("iscrowd", 0)) for a in annotations]
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def _draw_labels(
+    visualizer: Visualizer,
+    boxes: np.ndarray,
+    labels: Sequence[str],
+    colors: Sequence[tuple[float, float, float]],
+) -> None:
+    """Place the labels one after the other, those of the smallest objects first."""
+    canvas = visualizer.output
+    renderer = canvas.canvas.get_renderer()
+    font_size = max(7.5, min(canvas.height, canvas.width) / 90)  # points
+    taken = np.zeros((0, 4))
+    areas = np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
+    for i in np.argsort(areas, kind="stable"):
+        visualizer.draw_text(
+            _literal(labels[i]),
+            (0, 0),
+            font_size=font_size,
+            color=_lighten(colors[i]),
+            horizontal_alignment="left",
+        )
+        text = canvas.ax.texts[-1]
+        # The background reaches a little beyond the text.
+        extent = text.get_window_extent(renderer)
+        size = np.array([extent.width + 2, extent.height + 2])
+        place = _free_place(boxes, areas, i, size, taken, (canvas.width, canvas.height))
+        if place is None:
+            text.remove()
+            continue
+        text.set_position((place[0] + 1, place[1] + 1))
+        taken = np.concatenate([taken, [[*place, *(place + size)]]])
+
+
+def _free_place(
+    boxes: np.ndarray,
+    areas: np.ndarray,
+    index: int,
+    size: np.ndarray,
+    taken: np.ndarray,
+    canvas_size: tuple[int, int],
+) -> np.ndarray | None:
+    """
+    Top left corner for the label of box ``index``, next to the box, in the image, on no label and
+    covering as little as possible of any object; None if there is no such place.
+    """
+    x0, y0, x1, y1 = boxes[index]
+    w, h = size
+    gap = 3
+    limit = np.subtract(canvas_size, size)
+    if (limit < 0).any():
+        return None
+    candidates = [
+        (x0, y0 - h - gap),
+        (x0, y1 + gap),
+        (x1 - w, y0 - h - gap),
+        (x1 - w, y1 + gap),
+        (x1 + gap, y0),
+        (x0 - w - gap, y0),
+        (x1 + gap, y1 - h),
+        (x0 - w - gap, y1 - h),
+        (x0 + gap, y0 + gap),  # inside, for objects that fill the image
+    ]
+    best, best_covered = None, _MAX_COVERED
+    for candidate in candidates:
+        place = np.clip(candidate, 0, limit)
+        label = np.concatenate([place, place + size])
+        if _intersections(label, taken).any():
+            continue
+        covered = (_intersections(label, boxes) / areas).max()
+        if covered == 0:
+            return place
+        if covered < best_covered:
+            best, best_covered = place, covered
+    return best
+
+
+def _intersections(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Areas (N,) that one box shares with each of N."""
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    return np.prod(np.maximum(sides, 0), axis=1)
+
+
+def _lighten(color: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The same hue, light enough to be read on the labels' black."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*color)
+    return colorsys.hls_to_rgb(hue, max(lightness, 0.7), saturation)
+
+
+def _literal(text: str) -> str:
+    """Names are shown as they are: matplotlib would take "$" for the start of a formula."""
+    return text.replace("$", r"\$")
+
+
+# -- captions --------------------------------------------------------------------------------------
+
+
+def _with_caption(
+    panel: np.ndarray, title: str, remarks: list[str], classes: list[int], style: ClassStyle
+) -> np.ndarray:
+    """Put a strip above the panel: title, number of objects, remarks; below them the classes."""
+    unit = max(1.0, min(panel.shape[:2]) / 640)
+    strip = VisImage(np.full((round(52 * unit), panel.shape[1], 3), 255, dtype=np.uint8))
+    count = f"{len(classes)} object" + ("" if len(classes) == 1 else "s")
+    words = [_Word(title, _INK, weight="bold")]
+    words += [_Word(text, _FAINT) for text in [count, *remarks] if text]
+    _write_line(strip, words, 15 * unit, unit)
+    words = [
+        _Word(f"{style.name(c)} \N{MULTIPLICATION SIGN}{classes.count(c)}", _INK, style.color(c))
+        for c in sorted(set(classes))
+    ]
+    _write_line(strip, words, 37 * unit, unit)
+    return np.concatenate([strip.get_image(), panel])
+
+
+@dataclasses.dataclass
+class _Word:
+    text: str
+    color: str
+    square: tuple[float, float, float] | None = None  # color of a square before the text
+    weight: str = "normal"
+
+
+def _write_line(strip: VisImage, words: Sequence[_Word], y: float, unit: float) -> None:
+    """Write words from left to right, as many as there is room for; ``y`` is their middle."""
+    renderer = strip.canvas.get_renderer()
+    x = 2.0
+
+    def write(text: str, color, weight: str = "normal"):
+        drawn = strip.ax.text(
+            x, y, _literal(text), size=9.5 * unit, color=color, weight=weight, va="center"
+        )
+        return drawn, drawn.get_window_extent(renderer).width
+
+    for word in words:
+        start, squares = x, []
+        if word.square is not None:
+            square, width = write("\N{BLACK SQUARE}", word.square)
+            squares, x = [square], x + width + 4 * unit
+        text, width = write(word.text, word.color, word.weight)
+        if x + width > strip.width:
+            # The end of a file name says more than its start. What comes after is left out.
+            room = int(len(word.text) * (strip.width - x) / width) - 2
+            for artist in [text, *squares]:
+                artist.remove()
+            x = start
+            if room > 0:
+                write(
+                    "\N{HORIZONTAL ELLIPSIS}" + ("" if squares else word.text[-room:]), word.color
+                )
+            return
+        x += width + 14 * unit

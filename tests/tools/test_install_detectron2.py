@@ -1,0 +1,345 @@
+"""Laws of tools/install_detectron2.py. Nothing here uses the network or changes an environment."""
+
+import base64
+import csv
+import hashlib
+import importlib.util
+import io
+import itertools
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
+
+
+@pytest.fixture
+def tool():
+    """The script as a fresh module, so that a test may replace its functions."""
+    return load_module("install_detectron2", SCRIPT)
+
+
+def load_module(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_source(tool):
+    """The least that the script takes for v0.6's source: every text that a fix-up replaces, as
+    often as it has to be there, and one file of each part of the wheel."""
+    files = {
+        "LICENSE": b"the licence\n",
+        "setup.py": b"raise RuntimeError('not for the wheel')\n",
+        "tools/train_net.py": b"not for the wheel\n",
+        "detectron2/__init__.py": b'__version__ = "0.6"\n',
+        "detectron2/model_zoo/configs/Base-RCNN-FPN.yaml": b"MODEL: {}\n",
+        "projects/PointRend/point_rend/__init__.py": b"point_rend = 1\n",
+        "projects/DeepLab/deeplab/__init__.py": b"deeplab = 1\n",
+        "projects/Panoptic-DeepLab/panoptic_deeplab/__init__.py": b"panoptic = 1\n",
+    }
+    for fix in tool.FIXUPS:
+        text = files.get(fix.path, b"").decode() + f"{fix.old}\n" * fix.count
+        files[fix.path] = text.encode()
+    return files
+
+
+def write_sdist(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"pb1-detectron2-0.6/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def sdist(tool, tmp_path, monkeypatch):
+    """A small source archive whose hash is the pinned one."""
+    path = write_sdist(tmp_path / "sdist.tar.gz", fake_source(tool))
+    monkeypatch.setattr(tool, "SDIST_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.fixture
+def bare(tool, tmp_path, monkeypatch):
+    """Make the script see an environment with torch and pip, without Detectron2, and record what
+    it runs there instead of running it. Append to `bare.failing` what shall fail."""
+
+    bare = SimpleNamespace(commands=[], failing=[])
+
+    def run(arguments, cwd, **environment):
+        command = " ".join(map(str, arguments))
+        bare.commands.append(command)
+        failed, output = any(text in command for text in bare.failing), ""
+        if arguments[1] == tool.PROBE:
+            output = '{"here": false}'
+        elif arguments[1] == tool.IMPORT_ALL:  # prints what it could import before it fails
+            output = "\n".join(itertools.takewhile(lambda n: n not in bare.failing, arguments[2:]))
+        error = "ERROR: first\nERROR: the reason\nsome hint" if failed else ""
+        return subprocess.CompletedProcess(arguments, int(failed), output, error)
+
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(tool.sysconfig, "get_paths", lambda: {"purelib": tmp_path / "site"})
+    return bare
+
+
+def assert_one_line_error(capsys, *parts):
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0]
+
+
+# ---- fix-ups ---------------------------------------------------------------------------------
+
+
+def test_fixups_replace_their_text_and_mark_the_file(tool):
+    fixups = [tool.FixUp("a.py", "np.int)", "int)", 2, "why")]
+    source = {"a.py": b"f(np.int), g(np.int), np.int64\n", "b.py": b"np.int)\n"}
+    fixed = tool.apply_fixups(source, fixups)
+    assert fixed["a.py"].decode() == tool.CHANGED_NOTICE + "f(int), g(int), np.int64\n"
+    assert fixed["b.py"] == source["b.py"]
+    assert source["a.py"].startswith(b"f(np.int)"), "the input must stay as it was"
+
+
+@pytest.mark.parametrize("text", [b"", b"once np.int)\n", b"np.int) np.int) np.int)\n"])
+def test_fixup_that_does_not_fit_names_file_text_and_counts(tool, text):
+    fixups = [tool.FixUp("a.py", "np.int)", "int)", 2, "the reason")]
+    with pytest.raises(tool.InstallError, match=r"a\.py.*the reason.*np\.int\).*instead of 2"):
+        tool.apply_fixups({"a.py": text}, fixups)
+
+
+def test_every_fixup_fails_loudly_without_its_file(tool):
+    source = fake_source(tool)
+    for fix in tool.FIXUPS:
+        files = {path: data for path, data in source.items() if path != fix.path}
+        with pytest.raises(tool.InstallError, match=re.escape(fix.path)):
+            tool.apply_fixups(files)
+
+
+def test_no_fixup_brings_back_what_another_removes(tool):
+    fixed = tool.apply_fixups(fake_source(tool))
+    for fix in tool.FIXUPS:
+        if fix.old not in fix.new:
+            assert fix.old not in fixed[fix.path].decode()
+        assert fix.why and fix.count > 0
+
+
+# ---- the wheel -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheel(tool, sdist, tmp_path):
+    contents = tool.wheel_contents(tool.apply_fixups(tool.read_sdist(sdist)))
+    return zipfile.ZipFile(tool.write_wheel(contents, tmp_path))
+
+
+def test_wheel_has_the_packages_and_nothing_else(tool, wheel):
+    names = set(wheel.namelist())
+    assert {
+        "detectron2/__init__.py",
+        "detectron2/_C.py",
+        "detectron2/model_zoo/configs/Base-RCNN-FPN.yaml",
+        "detectron2/projects/point_rend/__init__.py",
+        "detectron2/projects/deeplab/__init__.py",
+        "detectron2/projects/panoptic_deeplab/__init__.py",
+    } <= names
+    info = f"detectron2-{tool.WHEEL_VERSION}.dist-info/"
+    assert all(name.startswith(("detectron2/", info)) for name in names)
+    assert wheel.read(info + "LICENSE") == b"the licence\n"
+
+
+def test_wheel_starts_with_the_file_that_marks_leftovers(wheel):
+    assert wheel.namelist()[0] == "detectron2/_C.py"
+
+
+def test_wheel_metadata(tool, wheel):
+    text = wheel.read(f"detectron2-{tool.WHEEL_VERSION}.dist-info/METADATA").decode()
+    metadata = Parser().parsestr(text)
+    assert metadata["Name"] == "detectron2"
+    assert metadata["Version"] == tool.WHEEL_VERSION
+    assert re.fullmatch(r"0\.6\+[a-z0-9]+(\.[a-z0-9]+)*", tool.WHEEL_VERSION), "PEP 440, normal"
+    assert metadata["Requires-Python"] == ">=3.10"
+    requires = metadata.get_all("Requires-Dist")
+    assert tuple(requires) == tool.REQUIRES
+    assert "black" in requires and not any("dataclasses" in r for r in requires)
+
+
+def test_wheel_record_is_complete_and_true(tool, wheel):
+    record_name = f"detectron2-{tool.WHEEL_VERSION}.dist-info/RECORD"
+    rows = {row[0]: row[1:] for row in csv.reader(io.StringIO(wheel.read(record_name).decode()))}
+    assert set(rows) == set(wheel.namelist())
+    assert rows.pop(record_name) == ["", ""]
+    for name, (digest, size) in rows.items():
+        data = wheel.read(name)
+        expected = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        assert (digest, int(size)) == (f"sha256={expected}", len(data))
+
+
+# ---- the stand-in for the compiled extension -------------------------------------------------
+
+
+@pytest.fixture
+def stub(tool, tmp_path):
+    path = tmp_path / "_C.py"
+    path.write_text(tool.STUB)
+    return load_module("_C", path)
+
+
+@pytest.mark.parametrize("op", ["InstanceAnnotation", "deform_conv_forward", "box_iou_rotated"])
+def test_stub_names_the_missing_operation_and_the_cure(stub, tool, op):
+    assert not hasattr(stub, op)
+    with pytest.raises(stub.MissingOpError, match=op) as error:
+        getattr(stub, op)
+    assert tool.FULL_BUILD in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stub_is_an_ordinary_module_otherwise(stub):
+    assert stub.__name__ == "_C" and stub.__file__ and stub.__doc__
+    assert not hasattr(stub, "__path__")
+    with pytest.raises(AttributeError) as error:
+        stub.__wrapped__  # noqa: B018
+    assert type(error.value) is AttributeError
+
+
+def test_stub_answers_what_detectron2_asks_to_describe_the_environment(stub):
+    assert "pure Python" in stub.get_compiler_version()
+    assert "pure Python" in stub.get_cuda_version()
+    assert stub.has_cuda() is False
+
+
+# ---- the installation ------------------------------------------------------------------------
+
+
+def test_installs_the_wheel_and_checks_it(tool, bare, sdist, capsys):
+    assert tool.main(["--sdist", str(sdist)]) == 0
+    output = capsys.readouterr()
+    assert [f"[{i}/5]" for i in range(1, 6)] == re.findall(r"^\[\d/5\]", output.out, re.M)
+    assert not output.err
+    installs = [command for command in bare.commands if "pip install" in command]
+    assert len(installs) == 1 and installs[0].endswith(".whl")
+    assert bare.commands[-1].endswith(tool.SELF_CHECK)
+    assert not any("pip download" in command for command in bare.commands)
+
+
+def test_wrong_hash_is_one_line_and_installs_nothing(tool, bare, tmp_path, capsys):
+    other = write_sdist(tmp_path / "other.tar.gz", fake_source(tool))
+    assert tool.main(["--sdist", str(other)]) == 1
+    assert_one_line_error(capsys, str(other), "SHA-256", tool.SDIST_SHA256)
+    assert not any("pip install" in command for command in bare.commands)
+
+
+def test_missing_sdist_is_one_line(tool, bare, tmp_path, capsys):
+    assert tool.main(["--sdist", str(tmp_path / "none.tar.gz")]) == 1
+    assert_one_line_error(capsys, "none.tar.gz", "no such file")
+
+
+def test_failed_download_is_one_line_with_the_reason_and_the_cure(tool, bare, capsys):
+    bare.failing.append("pip download")
+    assert tool.main([]) == 1
+    assert_one_line_error(capsys, tool.SDIST_REQUIREMENT, "the reason", "network", "--sdist")
+    assert not any("pip install" in command for command in bare.commands)
+
+
+def test_download_is_pinned_by_hash(tool, bare, tmp_path):
+    (tmp_path / "pb1-detectron2-0.6.tar.gz").write_bytes(b"")
+    tool.download_sdist(tmp_path)
+    assert "--require-hashes" in bare.commands[-1]
+    requirements = (tmp_path / "requirements.txt").read_text()
+    assert requirements == f"{tool.SDIST_REQUIREMENT} --hash=sha256:{tool.SDIST_SHA256}\n"
+
+
+@pytest.mark.parametrize("name", ["pip", "torch", "torchvision", "setuptools"])
+def test_missing_module_is_one_line_with_the_cure(tool, bare, name, capsys):
+    bare.failing.append(name)
+    assert tool.main([]) == 1
+    cure = "ensurepip" if name == "pip" else f"pip install {name}"
+    assert_one_line_error(capsys, f"cannot import {name} (", "the reason", cure)
+
+
+def test_failed_install_is_one_line(tool, bare, sdist, capsys):
+    bare.failing.append("pip install")
+    assert tool.main(["--sdist", str(sdist)]) == 1
+    assert_one_line_error(capsys, "pip cannot install", "the reason")
+
+
+def test_failed_self_check_uninstalls_again(tool, bare, sdist, capsys):
+    bare.failing.append("model_zoo")
+    assert tool.main(["--sdist", str(sdist)]) == 1
+    assert_one_line_error(capsys, "does not run", "the reason", "uninstalled again")
+    assert bare.commands[-1] == "-m pip uninstall -y detectron2"
+
+
+def test_python_too_old_is_one_line(tool, bare, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "MIN_PYTHON", (99, 0))
+    assert tool.main([]) == 1
+    assert_one_line_error(capsys, "Python >= 99.0", sys.executable)
+    assert not bare.commands
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_installed_but_broken_is_reported_unless_forced(
+    tool, bare, sdist, force, monkeypatch, capsys
+):
+    broken = {"here": True, "location": "/somewhere/detectron2", "error": "ImportError: bad"}
+    monkeypatch.setattr(tool, "probe", lambda work: broken)
+    status = tool.main(["--sdist", str(sdist)] + ["--force"] * force)
+    installs = [command for command in bare.commands if "pip install" in command]
+    if force:
+        assert status == 0 and any("--force-reinstall --no-deps" in c for c in installs)
+    else:
+        assert status == 1 and not installs
+        assert_one_line_error(capsys, "/somewhere/detectron2", "ImportError: bad", "--force")
+
+
+# ---- leftovers of an interrupted installation ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, record, removed",
+    [("ours", False, True), ("ours", True, False), ("someone else's", False, False)],
+)
+def test_leftovers_are_removed_only_if_they_are_ours(tool, bare, tmp_path, text, record, removed):
+    package = tmp_path / "site" / "detectron2"
+    info = tmp_path / "site" / f"detectron2-{tool.WHEEL_VERSION}.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "_C.py").write_text(tool.STUB if text == "ours" else "# a module\n")
+    if record:
+        (info / "RECORD").write_text("")
+    assert tool.remove_leftovers() is removed
+    assert package.exists() is not removed and info.exists() is not removed
+
+
+# ---- what is there is left alone -------------------------------------------------------------
+
+
+def test_probe_tells_absent_and_broken_apart(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2" / "__init__.py").write_text("import a_module_that_is_missing\n")
+    found = tool.probe(tmp_path)
+    assert found["here"] and found["location"] == str(tmp_path / "detectron2")
+    assert "ModuleNotFoundError" in found["error"] and "a_module_that_is_missing" in found["error"]
+
+    (tmp_path / "detectron2" / "__init__.py").write_text("import os; os._exit(7)\n")
+    assert "status 7" in tool.probe(tmp_path)["error"]
+
+
+def test_existing_detectron2_is_left_alone(tmp_path):
+    detectron2 = pytest.importorskip("detectron2")
+    arguments = [sys.executable, str(SCRIPT), "--sdist", str(SCRIPT)]  # the wrong file, not read
+    process = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert f"already in {Path(detectron2.__file__).parent}" in process.stdout
+    assert "[2/5]" not in process.stdout

@@ -1,0 +1,41 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+
+@pytest.fixture
+def main():
+    path = Path(__file__).parents[2] / "tools" / "make_small_shapes.py"
+    spec = importlib.util.spec_from_file_location("make_small_shapes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_makes_a_coco_folder_of_the_wanted_size(main, tmp_path, capsys):
+    folder = tmp_path / "new" / "shapes"
+    sizes = ["--num-train", "2", "--num-val", "1", "--num-test", "1", "--image-size", "96"]
+    assert main(["--output", str(folder), *sizes]) == 0
+    assert str(folder) in capsys.readouterr().out
+    coco = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    assert [(i["file_name"], i["width"]) for i in coco["images"]] == [
+        ("000000.png", 96),
+        ("000001.png", 96),
+    ]
+    assert sorted(p.name for p in (folder / "train").iterdir()) == ["000000.png", "000001.png"]
+
+
+def test_an_existing_folder_is_left_alone(main, tmp_path, capsys):
+    assert main(["--output", str(tmp_path)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_setting_is_one_line(main, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "x"), "--image-size", "20"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "image_size 20" in error and error.count("\n") == 1

@@ -1,0 +1,264 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.structures import BoxMode  # noqa: E402
+
+from cbbl_d2.engine.cli import load_config  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs/SmallShapes/cbbl.yaml")
+TINY = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "8"]
+TINY += ["MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.RPN.CONV_DIMS", "[8]"]
+TINY += ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "5"]
+DATASET = "cbbl_test_visualize"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("visualize", ROOT / "tools/visualize.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.manual_seed(0)
+    torch.save({"model": build_model(load_config(CONFIG, TINY)).state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def run(tool, weights, tmp_path):
+    """``run(arguments)``: the tool with an untrained model; pictures in ``tmp_path/out``."""
+
+    def run(*args, weights=weights, output=tmp_path / "out", opts=()):
+        command = ["--config-file", CONFIG, "--weights", weights, "--output", str(output)]
+        command += ["--confidence-threshold", "0", "--scale", "2", *map(str, args)]
+        tool.main([*command, "--opts", *TINY, *opts])
+
+    return run
+
+
+@pytest.fixture
+def error(run, capsys):
+    """``error(arguments)``: the one line that the tool ends with, once it has failed."""
+
+    def error(*args, **kwargs):
+        with pytest.raises(SystemExit) as e:
+            run(*args, **kwargs)
+        assert e.value.code == 1
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return error
+
+
+@pytest.fixture
+def dataset():
+    """``dataset(files)``: register a data set, each image with one object."""
+
+    def register(files):
+        records = [
+            {
+                "file_name": str(x),
+                "image_id": i,
+                "height": 40,
+                "width": 60,
+                "annotations": [
+                    {"bbox": [9, 9, 9, 9], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+                ],
+            }
+            for i, x in enumerate(files)
+        ]
+        DatasetCatalog.register(DATASET, lambda: records)
+        MetadataCatalog.get(DATASET).set(thing_classes=list("abcde"))
+        return DATASET
+
+    yield register
+    DatasetCatalog.pop(DATASET, None)
+    MetadataCatalog.pop(DATASET, None)
+
+
+def make_image(path, height=40, width=60):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), image)
+    return path
+
+
+def pictures(folder):
+    return sorted(x.name for x in folder.iterdir())
+
+
+def test_images_folders_and_patterns(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    make_image(tmp_path / "in/b.jpg")
+    (tmp_path / "in/notes.txt").write_text("no image")
+    make_image(tmp_path / "c.png")
+    make_image(tmp_path / "more/d1.bmp")
+    make_image(tmp_path / "more/d2.bmp")
+    # Named twice, drawn once.
+    run("--input", tmp_path / "c.png", tmp_path / "in", tmp_path / "in/a.png", tmp_path / "more/*")
+    out = tmp_path / "out"
+    names = ["a.png", "b.png", "c.png", "d1.png", "d2.png", "overview.png"]
+    assert pictures(out) == names
+    assert capsys.readouterr().out.splitlines()[-1] == f"5 pictures written to {out}"
+    assert cv2.imread(str(out / "a.png")).shape[1] == 2 * 60
+
+
+def test_a_data_set_has_ground_truth_beside_predictions(run, dataset, tmp_path):
+    name = dataset([make_image(tmp_path / f"in/{i}.png") for i in range(4)])
+    run("--dataset", name, "--num-images", 2)
+    assert pictures(tmp_path / "out") == ["0.png", "2.png", "overview.png"]
+    assert cv2.imread(str(tmp_path / "out/0.png")).shape[1] > 4 * 60
+    run("--dataset", name, "--num-images", 1, "--no-ground-truth", output=tmp_path / "alone")
+    assert pictures(tmp_path / "alone") == ["0.png"]  # one picture needs no overview
+    assert cv2.imread(str(tmp_path / "alone/0.png")).shape[1] == 2 * 60
+
+
+def test_the_score_threshold(tool, run, tmp_path, monkeypatch):
+    counts, draw_pair = [], tool.draw_pair
+
+    def spy(image, ground_truth, predictions, *args, **kwargs):
+        counts.append(predictions.scores.min().item() if len(predictions) else 2)
+        return draw_pair(image, ground_truth, predictions, *args, **kwargs)
+
+    monkeypatch.setattr(tool, "draw_pair", spy)
+    run("--input", make_image(tmp_path / "a.png"))
+    run("--input", tmp_path / "a.png", "--score-threshold", "1.0")
+    assert 0 <= counts[0] <= 1 and counts[1] >= 1
+
+
+def test_the_image_reaches_the_model_and_the_picture_unchanged(tool, run, tmp_path, monkeypatch):
+    """The channels are in the right order: a red image is red in the picture."""
+    red = np.zeros((40, 60, 3), np.uint8)
+    red[:, :, 2] = 250  # BGR
+    cv2.imwrite(str(tmp_path / "red.png"), red)
+    run("--input", tmp_path / "red.png", "--score-threshold", "1.1")
+    drawn = cv2.imread(str(tmp_path / "out/red.png"))
+    assert (drawn[-80:] == red[0, 0]).all()
+
+
+def test_broken_images_are_skipped_named_and_counted(run, dataset, tmp_path, capsys):
+    good = make_image(tmp_path / "in/good.png")
+    (tmp_path / "in/broken.png").write_bytes(good.read_bytes()[:200])
+    (tmp_path / "in/empty.jpg").write_bytes(b"")
+    run("--input", tmp_path / "in")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"1 picture written to {tmp_path / 'out'}, 2 skipped"
+    skipped = [x for x in err.splitlines() if "skipped: " in x]
+    assert len(skipped) == 2 and "broken.png" in skipped[0] and "empty.jpg" in skipped[1]
+
+    # Boxes of a data set mean nothing on an image of another size.
+    other = make_image(tmp_path / "in/other.png", height=50)
+    run("--dataset", dataset([good, tmp_path / "absent.png", other]), output=tmp_path / "second")
+    assert pictures(tmp_path / "second") == ["good.png"]
+    err = capsys.readouterr().err
+    assert err.count("skipped: ") == 2 and "absent.png" in err and "other.png" in err
+
+
+def test_nothing_but_broken_images_is_an_error(error, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert "none of the 1 images" in error("--input", tmp_path / "broken.png")
+
+
+def test_equal_names_do_not_overwrite_each_other(run, tool, tmp_path):
+    files = ["a/x.png", "b/x.png", "x.png", "x.jpg", "a_x.png", "overview.png"]
+    files = [make_image(tmp_path / "in" / x) for x in files]
+    run("--input", *files)
+    assert len(pictures(tmp_path / "out")) == len(files) + 1
+
+    names = tool.picture_names([str(x) for x in files])
+    assert names[:2] == ["a_x", "b_x"]
+    assert len({x.lower() for x in names}) == len(files)
+    same = [str(files[0])] * 3 + ["/X.png", "/x.png"]
+    assert len({x.lower() for x in tool.picture_names(same)}) == 5
+    assert tool.picture_names(["/data/1.png", "/data/2.jpg"]) == ["1", "2"]
+
+
+def test_the_images_are_never_overwritten(error, tmp_path):
+    image = make_image(tmp_path / "a.png")
+    before = image.read_bytes()
+    make_image(tmp_path / "a.jpg")
+    assert "choose another --output" in error("--input", tmp_path, output=tmp_path)
+    assert image.read_bytes() == before
+
+
+def test_unknown_data_sets_have_their_neighbours_named(error):
+    assert "did you mean small_shapes_" in error("--dataset", "small_shape_vall")
+    assert "unknown data set 12345" in error("--dataset", "12345")
+
+
+def test_a_data_set_without_its_files(error):
+    def loader():
+        raise FileNotFoundError(2, "No such file or directory", "gone.json")
+
+    DatasetCatalog.register(DATASET, loader)
+    try:
+        assert "gone.json" in error("--dataset", DATASET)
+    finally:
+        DatasetCatalog.pop(DATASET)
+
+
+def test_inputs_that_are_not_there(error, tmp_path):
+    assert "nowhere.png: no such" in error("--input", tmp_path / "nowhere.png")
+    (tmp_path / "void").mkdir()
+    assert "no images in this folder" in error("--input", tmp_path / "void")
+
+
+def test_weights_that_are_missing_or_do_not_fit(error, tmp_path, weights):
+    image = make_image(tmp_path / "a.png")
+    assert "no weights" in error("--input", image, weights="")
+    assert "absent.pth" in error("--input", image, weights=str(tmp_path / "absent.pth"))
+    wide = ["MODEL.ROI_BOX_HEAD.FC_DIM", "16"]
+    assert "does not fit" in error("--input", image, opts=wide)
+
+
+def test_an_output_that_is_a_file(error, tmp_path):
+    image = make_image(tmp_path / "in/a.png")
+    (tmp_path / "file").write_text("")
+    assert "cannot be made a folder" in error("--input", image, output=tmp_path / "file")
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "big"])
+def test_impossible_scales(tool, scale, capsys):
+    with pytest.raises(SystemExit):
+        tool.get_parser().parse_args(["--config-file", "x", "--input", "y", "--scale", scale])
+    assert "must be auto or a number > 0" in capsys.readouterr().err
+
+
+def test_spread(tool):
+    assert tool.spread(list(range(10)), 3) == [0, 3, 6]
+    assert tool.spread([1, 2], 5) == [1, 2] == tool.spread([1, 2], None)
+
+
+def test_class_names_for_plain_images(tool, tmp_path):
+    """From the data set that the config evaluates on, where its files are there."""
+    cfg = load_config(CONFIG, TINY)
+    assert tool.find_metadata(cfg).thing_classes[0] == "disk"
+    cfg.DATASETS.TEST = ()
+    assert tool.find_metadata(cfg) is None
+
+    def loader():
+        raise FileNotFoundError(2, os.strerror(2), "gone.json")
+
+    DatasetCatalog.register(DATASET, loader)
+    try:
+        cfg.DATASETS.TEST = (DATASET,)
+        assert tool.find_metadata(cfg).get("thing_classes", None) is None
+    finally:
+        DatasetCatalog.pop(DATASET)
+        MetadataCatalog.pop(DATASET)
