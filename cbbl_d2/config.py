@@ -56,6 +56,12 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.CBBL.INIT_STD = 0.0
 
     # ---------------------------------------------------------------------------- #
+    # Solver
+    # ---------------------------------------------------------------------------- #
+    # Options: "SGD" (Detectron2's own), "AdamW" (converges faster from scratch).
+    _C.SOLVER.OPTIMIZER = "SGD"
+
+    # ---------------------------------------------------------------------------- #
     # Data sets in COCO format that a user brings
     # ---------------------------------------------------------------------------- #
     # List of [name, annotation JSON, image folder]; each name can then stand in DATASETS.TRAIN and

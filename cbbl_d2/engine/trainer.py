@@ -14,6 +14,7 @@ from cbbl_d2.evaluation import build_coco_evaluator
 
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .hooks import BestCheckpointer, ResumeState
+from .optimizer import build_optimizer
 from .rng import preserve_rng
 
 
@@ -76,6 +77,10 @@ class CBBLTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         if "load_state_dict" not in DefaultTrainer.__dict__:  # v0.6
             self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
