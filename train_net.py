@@ -22,7 +22,8 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from cbbl_d2.data.coco_format import check_datasets, register_from_config
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 

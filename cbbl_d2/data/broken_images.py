@@ -8,6 +8,7 @@ without its objects the result would be that of another data set.
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 
 from cbbl_d2.errors import UserError
 
-__all__ = ["BROKEN_IMAGE_ERRORS", "NameBrokenImage", "SkipBrokenImages"]
+__all__ = ["BROKEN_IMAGE_ERRORS", "NameBrokenImage", "SkipBrokenImages", "missing_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ BROKEN_IMAGE_ERRORS = (
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 _MAX_CONSECUTIVE_FAILURES = 100
+
+
+def missing_images(dicts: list[dict]) -> list[str]:
+    """
+    The image files of a data set that do not exist; none of them is opened.
+
+    Args:
+        dicts: Detectron2's dataset dicts. Those without a ``file_name`` are passed over.
+    """
+    names = [d["file_name"] for d in dicts if "file_name" in d]
+    return [name for name in names if not os.path.isfile(name or "")]
 
 
 class SkipBrokenImages(torch.utils.data.Dataset):

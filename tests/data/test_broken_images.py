@@ -22,6 +22,7 @@ from cbbl_d2.data.broken_images import (  # noqa: E402
     BROKEN_IMAGE_ERRORS,
     NameBrokenImage,
     SkipBrokenImages,
+    missing_images,
 )
 from cbbl_d2.errors import UserError  # noqa: E402
 
@@ -108,6 +109,12 @@ def make_dataset(tmp_path, mapper):
         return SkipBrokenImages(DatasetFromList(records, copy=False), mapper)
 
     return make
+
+
+def test_missing_images(tmp_path):
+    there, missing = write(tmp_path, "there.png", b""), str(tmp_path / "missing.png")
+    dicts = [record(there), record(missing), record(str(tmp_path)), {"image_id": 3}]
+    assert missing_images(dicts) == [missing, str(tmp_path)]
 
 
 @pytest.mark.parametrize("name", BROKEN)

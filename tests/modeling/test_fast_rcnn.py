@@ -229,3 +229,24 @@ def test_autocast_loss_is_close_to_float32():
     for name in ("loss_box_reg", "loss_box_uncertainty"):
         assert half[name].dtype == torch.float32
         assert half[name].item() == pytest.approx(exact[name].item(), rel=0.01)
+
+
+@pytest.mark.parametrize("agnostic", (True, False))
+@pytest.mark.parametrize("label", ("two_hot", "one_hot"))
+def test_the_head_learns_boxes(agnostic, label):
+    """Fitted to 30 regions, it decodes to their ground truth; one-hot labels only to the grid."""
+    predictor = head(cls_agnostic_bbox_reg=agnostic, label=label)
+    p = sample_proposals(30)
+    features = torch.randn(30, 16) * 3
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=0.05)
+    for _ in range(400):
+        with EventStorage() as storage:
+            losses = predictor.losses(predictor(features), [p])
+            error = storage.latest()["cbbl/offset_l1"][0]
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    if label == "two_hot":
+        assert error < 0.15  # a fiftieth of a proposal's width
+    else:
+        assert error > 0.15

@@ -1,0 +1,274 @@
+"""
+What can be wrong with the content of an annotation file in COCO format: functions of the parsed
+JSON, which they leave as it is.
+
+* Its structure (:func:`check_structure`): a missing field, an unknown category, an id that comes
+  twice. Detectron2 or pycocotools could not work with the file.
+* Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
+  Such a box would be an object that no detector can find.
+
+A box that is partly outside its image can be used: Detectron2 clips it in training, and COCO's
+metric takes it as it is.
+
+Boxes are COCO's: ``[x, y, width, height]`` in pixels, x and y of the upper left corner.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.messages import listed, short
+
+__all__ = [
+    "check_structure",
+    "count_over_the_edge",
+    "describe_faults",
+    "find_faults",
+    "is_positive_number",
+]
+
+# Boxes that end this far outside their image are worth a word in the log, pixels. Below it are
+# rounding and the many converters that are off by one.
+_EDGE_TOLERANCE = 1.0
+
+
+# -- structure -------------------------------------------------------------------------------------
+
+
+def check_structure(content: Any, json_file: str) -> None:
+    """
+    Check that Detectron2 and pycocotools can work with all entries.
+
+    Args:
+        content: the parsed JSON.
+        json_file: where it is from, for the message.
+
+    Raises:
+        UserError: they cannot; names file, entry and cure.
+    """
+    problem = next(_problems(content), None)
+    if problem is not None:
+        raise UserError(f"{json_file}: {problem}")
+
+
+# The generators below take for granted what they have yielded no problem about: only the first
+# problem can be trusted, and asking for the next one may raise anything.
+
+
+def _problems(content: Any) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield (
+            "not a COCO file: the top level must be an object with images, annotations and "
+            f"categories, not a {_json_type(content)}"
+        )
+    for key in ("images", "annotations", "categories"):
+        if key not in content:
+            yield f'not a COCO file: it has no "{key}"'
+        if not isinstance(content[key], list):
+            yield f'"{key}" must be a list, not a {_json_type(content[key])}'
+        yield from _problems_of_ids(key, content[key])
+    yield from _problems_of_images(content["images"])
+    yield from _problems_of_categories(content["categories"])
+    categories = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        for problem in _problems_of_annotation(annotation, categories):
+            yield f"annotation {annotation['id']} has {problem}"
+
+
+def _problems_of_ids(key: str, entries: list) -> Iterator[str]:
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            yield f'"{key}"[{i}] must be an object, not {short(entry)}'
+        if "id" not in entry:
+            yield f'"{key}"[{i}] has no id: add a unique one'
+        id = entry["id"]
+        if not _is_integer(id) and not (key == "images" and isinstance(id, str)):
+            yield f'"{key}"[{i}] has the id {short(id)}: it must be an integer'
+    twice = _first_duplicate(entry["id"] for entry in entries)
+    if twice is not None:
+        yield (
+            f'the id {twice!r} comes twice in "{key}": make the ids unique, and correct the '
+            "entries that refer to them"
+        )
+
+
+def _problems_of_images(images: list[dict]) -> Iterator[str]:
+    if not images:
+        yield 'no images: "images" is empty; is it the right file?'
+    if len({type(image["id"]) for image in images}) > 1:
+        yield 'some ids in "images" are numbers and some are strings: use one kind'
+    for image in images:
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name:
+            yield f"image {image['id']!r} has no file_name: add it"
+        for key in ("width", "height"):
+            if key not in image:
+                yield f"image {image['id']!r} ({name}) has no {key}: add it, in pixels"
+            if not is_positive_number(image[key]):
+                yield (
+                    f"image {image['id']!r} ({name}) has the {key} {short(image[key])}: it must "
+                    "be the number of pixels"
+                )
+
+
+def _problems_of_categories(categories: list[dict]) -> Iterator[str]:
+    if not categories:
+        yield 'no categories: "categories" is empty; list the classes there'
+    for category in categories:
+        name = category.get("name")
+        if not isinstance(name, str) or not name.strip():
+            yield f'category {category["id"]} has no name: add "name": "..."'
+    twice = _first_duplicate(category["name"] for category in categories)
+    if twice is not None:
+        yield f"two categories have the name {twice!r}: give each its own"
+
+
+def _problems_of_annotation(annotation: dict, categories: set[int]) -> Iterator[str]:
+    for key in ("image_id", "category_id", "bbox"):
+        if key not in annotation:
+            yield f"no {key}: add it or remove the annotation"
+    id = annotation["category_id"]
+    if not _is_integer(id) or id not in categories:
+        yield (
+            f'the category_id {short(id)}, which "categories" lacks (ids there: '
+            f"{listed(sorted(categories))}): add the category with its name, or correct the id"
+        )
+    id = annotation["image_id"]
+    if not _is_integer(id) and not isinstance(id, str):
+        yield f"the image_id {short(id)}: it must be the id of an image"
+    box = annotation["bbox"]
+    if not _is_list_of_numbers(box) or len(box) != 4:
+        yield f"the bbox {short(box)}: it must be four numbers, [x, y, width, height]"
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        yield f"the iscrowd {short(annotation['iscrowd'])}: it must be 0 or 1"
+    if annotation.get("ignore", 0) != 0:
+        yield (
+            f'"ignore": {short(annotation["ignore"])}, which Detectron2 does not support: write '
+            '"iscrowd": 1 instead, or remove the annotation'
+        )
+    if not _is_segmentation(annotation.get("segmentation")):
+        yield (
+            "a malformed segmentation: it must be a list of polygons [[x, y, x, y, ...], ...] or "
+            "a run-length code with size and counts; for boxes alone, remove it"
+        )
+    keypoints = annotation.get("keypoints")
+    if keypoints is not None and not _is_list_of_numbers(keypoints):
+        yield "malformed keypoints: they must be numbers [x, y, v, ...]; or remove them"
+
+
+def _is_segmentation(value: Any) -> bool:
+    if value in (None, {}, []):  # there is none
+        return True
+    if isinstance(value, dict):
+        size = value.get("size")
+        is_size = isinstance(size, list) and len(size) == 2 and all(map(_is_integer, size))
+        return is_size and isinstance(value.get("counts"), (str, list))
+    return isinstance(value, list) and all(map(_is_list_of_numbers, value))
+
+
+# -- boxes that cannot be used ---------------------------------------------------------------------
+
+
+def find_faults(content: dict) -> dict[int, str]:
+    """
+    Find the boxes that cannot be used.
+
+    Args:
+        content: the parsed JSON, of a sound structure.
+
+    Returns:
+        id of the annotation -> why, e.g. "of no size". Other annotations are left out.
+    """
+    faults = {a["id"]: _fault(a["bbox"], image) for a, image in _with_images(content)}
+    return {id: fault for id, fault in faults.items() if fault}
+
+
+def describe_faults(faults: dict[int, str]) -> str:
+    """Number and ids for each kind of fault, e.g. "2 of no size (annotation ids 20, 21)"."""
+    ids_of = {}
+    for id, fault in faults.items():
+        ids_of.setdefault(fault, []).append(id)
+    return ", ".join(
+        f"{len(ids)} {fault} (annotation id{'s' if len(ids) > 1 else ''} {listed(ids)})"
+        for fault, ids in ids_of.items()
+    )
+
+
+def count_over_the_edge(content: dict, faults: dict[int, str]) -> int:
+    """Number of the boxes without a fault that reach out of their image by more than a pixel."""
+    return sum(
+        _is_over_the_edge(a["bbox"], image)
+        for a, image in _with_images(content)
+        if a["id"] not in faults
+    )
+
+
+def _with_images(content: dict) -> list[tuple[dict, dict | None]]:
+    """Each annotation with its image, or None if the image is not listed."""
+    images = {image["id"]: image for image in content["images"]}
+    return [(a, images.get(a["image_id"])) for a in content["annotations"]]
+
+
+def _fault(box: list, image: dict | None) -> str:
+    """Why a box cannot be used, "" if it can."""
+    if image is None:
+        return "of an image that is not listed"
+    if not all(map(_is_finite, box)):
+        return "with NaN or infinity"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return "of no size"
+    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+        return "outside its image"
+    return ""
+
+
+def _is_over_the_edge(box: list, image: dict) -> bool:
+    x, y, width, height = box
+    return (
+        min(x, y) < -_EDGE_TOLERANCE
+        or x + width > image["width"] + _EDGE_TOLERANCE
+        or y + height > image["height"] + _EDGE_TOLERANCE
+    )
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def is_positive_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number > 0; ``true`` is none."""
+    return _is_number(value) and _is_finite(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
+
+
+def _first_duplicate(values: Iterable) -> Any:
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "list", dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

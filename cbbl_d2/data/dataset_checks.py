@@ -1,0 +1,138 @@
+"""
+Do the data sets of a config exist, and do they fit the model? Asked before time goes into building
+a model. What a data set holds is checked where it is loaded, for a user's own in
+:mod:`cbbl_d2.data.coco_format`.
+"""
+
+import difflib
+import json
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from cbbl_d2.data.broken_images import missing_images
+from cbbl_d2.data.coco_format import is_coco_format
+from cbbl_d2.errors import ConfigError, UserError
+from cbbl_d2.messages import count, explain_json_error, listed
+
+__all__ = ["check_datasets", "check_num_classes"]
+
+
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
+    """
+    Check that the data sets of a config exist and fit the model, before time goes into building it.
+    Data sets of ``DATASETS.COCO_FORMAT`` and those to evaluate on are loaded for it.
+
+    Args:
+        cfg: ``DATASETS.TRAIN``, ``DATASETS.TEST`` and the number of classes are read.
+        eval_only: leave ``DATASETS.TRAIN`` alone: its files need not be on this machine.
+
+    Raises:
+        ConfigError: an unknown data set, no data set to train on, or see
+            :func:`check_num_classes`.
+        UserError: files are missing or malformed.
+    """
+    if not eval_only and len(cfg.DATASETS.TRAIN) == 0:
+        raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+    for name in _used_datasets(cfg, eval_only):
+        _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
+    check_num_classes(cfg, eval_only)
+
+
+def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
+    """
+    Compare the classes of the data sets with the model's number of classes and with each other.
+    Either mismatch would train or measure the wrong classes, often without an error.
+
+    Raises:
+        ConfigError: the numbers differ, the names or their order differ, or a name is unknown.
+    """
+    node = _node_with_num_classes(cfg)
+    first = None
+    for name in _used_datasets(cfg, eval_only):
+        metadata = MetadataCatalog.get(name)
+        if is_coco_format(name) and metadata.get("thing_classes") is None:
+            DatasetCatalog.get(name)  # sets them
+        classes = metadata.get("thing_classes")
+        if classes is None:  # a data set of another kind
+            continue
+        if node is not None and cfg.MODEL[node].NUM_CLASSES != len(classes):
+            key = f"MODEL.{node}.NUM_CLASSES"
+            raise ConfigError(
+                f"{key} = {cfg.MODEL[node].NUM_CLASSES}, but data set {name} has "
+                f"{count(len(classes), 'class', 'classes')} ({listed(classes)}): "
+                f"set {key} {len(classes)}"
+            )
+        if first is None:
+            first = (name, classes)
+        elif list(classes) != list(first[1]):
+            raise ConfigError(
+                f"data sets {first[0]} and {name} have different classes, or in another order: "
+                f"({listed(first[1])}) and ({listed(classes)}): give their annotation files the "
+                "same categories"
+            )
+
+
+def _used_datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
+    """The data sets of a config without repetition, checked to be registered."""
+    names = []
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+                raise ConfigError(
+                    f"DATASETS.{key}: unknown data set {name}"
+                    + (f", did you mean {' or '.join(near)}?" if near else "")
+                    + "; data sets of your own are named in DATASETS.COCO_FORMAT"
+                )
+            if name not in names:
+                names.append(name)
+    return names
+
+
+def _node_with_num_classes(cfg: CfgNode) -> str | None:
+    """The node of ``cfg.MODEL`` with the number of classes; None for a model without classes."""
+    # Subclasses keep the names of Detectron2's architectures at the end of their own.
+    for architecture, node in (
+        ("GeneralizedRCNN", "ROI_HEADS"),
+        ("RetinaNet", "RETINANET"),
+        ("FCOS", "FCOS"),
+    ):
+        if cfg.MODEL.META_ARCHITECTURE.endswith(architecture) and node in cfg.MODEL:
+            return node
+    return None
+
+
+def _check_files(name: str, needs_all_images: bool) -> None:
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if not needs_all_images and not is_coco_format(name) and os.path.isfile(json_file or ""):
+        # Loading the training set of COCO takes half a minute. Its files are known to be sound.
+        if image_root and not os.path.isdir(image_root):
+            raise _not_there(name, image_root)
+        return
+    try:
+        dicts = DatasetCatalog.get(name)
+    except FileNotFoundError as e:
+        raise _not_there(name, e.filename or json_file) from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{json_file}: {explain_json_error(e)}: fetch or write it again") from e
+    if not isinstance(dicts, list):  # Detectron2 allows a torch Dataset, too
+        return
+    if not dicts:
+        raise UserError(f"data set {name} has no images: choose another one")
+    missing = missing_images(dicts) if needs_all_images else []
+    if missing:
+        raise UserError(
+            f"data set {name}: {len(missing)} of its {len(dicts)} images are missing, the first is "
+            f"{missing[0]}: an evaluation without them would not be one on {name}; restore the "
+            "files" + (f" or take them out of {json_file}" if json_file else "")
+        )
+
+
+def _not_there(name: str, path: str | None) -> UserError:
+    return UserError(
+        f"data set {name}: {path} does not exist: put the data set there, or set the environment "
+        "variable DETECTRON2_DATASETS to the folder that holds it"
+    )

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+
+from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
+from cbbl_d2.data.dataset_checks import check_datasets, check_num_classes  # noqa: E402
+from cbbl_d2.errors import ConfigError  # noqa: E402
+
+
+def make_cfg(train=(), test=(), num_classes=2):
+    cfg = get_cfg()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
+    return cfg
+
+
+def test_sound_data_sets_pass(register, content):
+    name = register(content)
+    check_datasets(make_cfg([name], [name]))
+    check_datasets(make_cfg(["coco_2017_train"], [name]), eval_only=True)
+
+
+def test_number_of_classes(register, content):
+    name = register(content)
+    with pytest.raises(ConfigError) as info:
+        check_datasets(make_cfg([name], num_classes=80))
+    assert str(info.value) == (
+        f"MODEL.ROI_HEADS.NUM_CLASSES = 80, but data set {name} has 2 classes (car, ship): "
+        "set MODEL.ROI_HEADS.NUM_CLASSES 2"
+    )
+    cfg = make_cfg([name])
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    with pytest.raises(ConfigError, match="MODEL.RETINANET.NUM_CLASSES = 3, but .* 2 classes"):
+        check_num_classes(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80  # not read by this architecture
+    check_num_classes(cfg)
+
+
+def test_same_number_but_other_classes(register, folder, new_name, content):
+    name, other = register(content), new_name()
+    content["categories"] = [{"id": 0, "name": "ship"}, {"id": 7, "name": "car"}]
+    (folder / "other.json").write_text(json.dumps(content))
+    register_coco_format(other, str(folder / "other.json"), str(folder / "images"))
+    with pytest.raises(ConfigError, match=r"\(car, ship\) and \(ship, car\)"):
+        check_datasets(make_cfg([name], [other]))
+
+
+def test_unknown_and_missing_data_sets(tmp_path, monkeypatch, error_of):
+    with pytest.raises(ConfigError, match="TEST: unknown data set coco_2017_vall, did you mean"):
+        check_datasets(make_cfg(test=["coco_2017_vall"]), eval_only=True)
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
+        check_datasets(make_cfg(test=["coco_2017_val"]))
+    # The folder of Detectron2's own data sets is chosen at import; here it is missing.
+    metadata = MetadataCatalog.get("coco_2014_train")
+    monkeypatch.setitem(metadata.__dict__, "json_file", str(tmp_path / "none.json"))
+    for cfg in (make_cfg(["coco_2014_train"]), make_cfg(["coco_2014_train"], ["coco_2014_train"])):
+        message = error_of(check_datasets, cfg)
+        assert "data set coco_2014_train: " in message and "DETECTRON2_DATASETS" in message
+        assert ".json does not exist" in message
+
+
+def test_missing_image_stops_an_evaluation_only(register, folder, content, error_of):
+    name = register(content)
+    (folder / "images" / "b.png").unlink()
+    check_datasets(make_cfg([name]))
+    message = error_of(check_datasets, make_cfg([name], [name]))
+    assert "1 of its 2 images are missing" in message
+    assert str(folder / "images" / "b.png") in message and "annotations.json" in message
