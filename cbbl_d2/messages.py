@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-_MAX_LISTED = 5
 _MAX_LENGTH = 60
 
 
@@ -13,11 +12,11 @@ def count(number: int, singular: str, plural: str) -> str:
     return f"{number} {singular if number == 1 else plural}"
 
 
-def listed(values: Iterable) -> str:
+def listed(values: Iterable, limit: int = 5) -> str:
     """The first few ids or names, and how many more there are."""
     values = [str(value) for value in values]
-    more = f" and {len(values) - _MAX_LISTED} more" if len(values) > _MAX_LISTED else ""
-    return ", ".join(values[:_MAX_LISTED]) + more
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(values[:limit]) + more
 
 
 def short(value: Any) -> str:

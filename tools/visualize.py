@@ -10,9 +10,7 @@ objects can be seen.
 """
 
 import argparse
-import difflib
 import glob
-import json
 import logging
 import os
 import sys
@@ -21,7 +19,7 @@ from collections import Counter
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.engine import DefaultPredictor
@@ -29,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_registered, load_dataset
 from cbbl_d2.engine.checkpoint import load_weights
 from cbbl_d2.engine.cli import load_config, one_line_errors
 from cbbl_d2.errors import UserError
@@ -165,33 +164,6 @@ def find_images(inputs: list[str]) -> list[str]:
     return list({os.path.realpath(x): x for x in reversed(files)}.values())[::-1]
 
 
-def load_dataset(name: str) -> list[dict]:
-    """
-    The dataset dicts of a registered data set.
-
-    Raises:
-        UserError: it is unknown, empty or its files cannot be read.
-    """
-    if name not in DatasetCatalog.list():
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.5)
-        cure = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else "your own are named in DATASETS.COCO_FORMAT"
-        )
-        raise UserError(f"unknown data set {name}: {cure}")
-    try:
-        records = DatasetCatalog.get(name)
-    except UserError:
-        raise
-    except (OSError, json.JSONDecodeError, KeyError) as e:
-        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else repr(e)
-        raise UserError(f"data set {name}: its files cannot be read ({reason})") from e
-    if not records:
-        raise UserError(f"data set {name} has no images")
-    return records
-
-
 def find_metadata(cfg: CfgNode) -> Metadata | None:
     """Of the data set that the model was made for, to name the classes of its predictions."""
     if not cfg.DATASETS.TEST:
@@ -200,6 +172,7 @@ def find_metadata(cfg: CfgNode) -> Metadata | None:
     # Data sets in COCO format know their classes only once their file has been read.
     if not MetadataCatalog.get(name).get("thing_classes", None):
         try:
+            check_registered(name, "DATASETS.TEST")
             load_dataset(name)
         except UserError as e:
             logger.info(f"No class names: {e}")
@@ -334,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     if args.dataset is not None:
+        check_registered(args.dataset, "--dataset")
         records = load_dataset(args.dataset)
         metadata = MetadataCatalog.get(args.dataset)
         number = args.num_images or 12

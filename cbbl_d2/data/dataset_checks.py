@@ -16,7 +16,7 @@ from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed
 
-__all__ = ["check_datasets", "check_num_classes"]
+__all__ = ["check_datasets", "check_num_classes", "check_registered", "load_dataset"]
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -74,18 +74,49 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
             )
 
 
+def check_registered(name: str, where: str) -> None:
+    """
+    Args:
+        where: the config key or option that names the data set, for the message.
+
+    Raises:
+        ConfigError: no data set of this name is registered.
+    """
+    if name in DatasetCatalog:
+        return
+    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+    raise ConfigError(
+        f"{where}: unknown data set {name}"
+        + (f", did you mean {' or '.join(near)}?" if near else "")
+        + "; data sets of your own are named in DATASETS.COCO_FORMAT"
+    )
+
+
+def load_dataset(name: str) -> list[dict]:
+    """
+    Detectron2's dataset dicts of a registered data set.
+
+    Raises:
+        UserError: its files are missing or malformed, or it has no images.
+    """
+    json_file = MetadataCatalog.get(name).get("json_file")
+    try:
+        dicts = DatasetCatalog.get(name)
+    except FileNotFoundError as e:
+        raise _not_there(name, e.filename or json_file) from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{json_file}: {explain_json_error(e)}: fetch or write it again") from e
+    if isinstance(dicts, list) and not dicts:
+        raise UserError(f"data set {name} has no images: choose another one")
+    return dicts
+
+
 def _used_datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
     """The data sets of a config without repetition, checked to be registered."""
     names = []
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog:
-                near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-                raise ConfigError(
-                    f"DATASETS.{key}: unknown data set {name}"
-                    + (f", did you mean {' or '.join(near)}?" if near else "")
-                    + "; data sets of your own are named in DATASETS.COCO_FORMAT"
-                )
+            check_registered(name, f"DATASETS.{key}")
             if name not in names:
                 names.append(name)
     return names
@@ -112,16 +143,9 @@ def _check_files(name: str, needs_all_images: bool) -> None:
         if image_root and not os.path.isdir(image_root):
             raise _not_there(name, image_root)
         return
-    try:
-        dicts = DatasetCatalog.get(name)
-    except FileNotFoundError as e:
-        raise _not_there(name, e.filename or json_file) from e
-    except json.JSONDecodeError as e:
-        raise UserError(f"{json_file}: {explain_json_error(e)}: fetch or write it again") from e
+    dicts = load_dataset(name)
     if not isinstance(dicts, list):  # Detectron2 allows a torch Dataset, too
         return
-    if not dicts:
-        raise UserError(f"data set {name} has no images: choose another one")
     missing = missing_images(dicts) if needs_all_images else []
     if missing:
         raise UserError(

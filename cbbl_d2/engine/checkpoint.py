@@ -9,6 +9,7 @@ from torch import nn
 
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
+from cbbl_d2.messages import listed
 
 
 class _AtomicPathManager:
@@ -91,12 +92,12 @@ class CBBLCheckpointer(DetectionCheckpointer):
         if anew and self.require_all:
             raise UserError(
                 f"{self._path}: does not fit this model, which needs weights for "
-                f"{_shorten(anew)}; give the config that it was trained with"
+                f"{listed(anew, limit=8)}; give the config that it was trained with"
             )
         if anew:
             self.logger.info(
                 f"{self._path}: loaded; {len(anew)} of {len(_layers(parameters))} layers start "
-                f"anew, as it has no weights of their shape: {_shorten(anew)}"
+                f"anew, as it has no weights of their shape: {listed(anew, limit=8)}"
             )
         return incompatible
 
@@ -126,8 +127,3 @@ def load_weights(model: nn.Module, path: str) -> None:
 def _layers(parameters: List[str]) -> List[str]:
     """Names of the modules that own the parameters, in order."""
     return list(dict.fromkeys(os.path.splitext(name)[0] for name in parameters))
-
-
-def _shorten(names: List[str], limit: int = 8) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} others" if rest > 0 else "")
