@@ -7,6 +7,7 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.logger import create_small_table
 
 from cbbl_d2.data.coco_format import clean_ground_truth
 
@@ -14,6 +15,8 @@ from cbbl_d2.data.coco_format import clean_ground_truth
 # reaches up to 32^2, and objects between 16 and 32 pixels can hide what happens below. AI-TOD draws
 # its line for "tiny" at 16 pixels as well, where a shift by one pixel already costs 0.12 of IoU.
 VERY_SMALL_AREA = 16**2
+
+_COLUMNS = ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl")
 
 
 class SmallObjectCOCOEvaluator(COCOEvaluator):
@@ -29,9 +32,10 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if iou_type == "bbox":
             results["APvs"] = _average_precision(coco_eval, [0, VERY_SMALL_AREA])
+            columns = {key: results[key] for key in _COLUMNS if key in results}
             self._logger.info(
-                f"AP of objects of at most {VERY_SMALL_AREA} square pixels: "
-                f"APvs = {results['APvs']:.3f}"
+                f"AP by size; APvs: objects of at most {VERY_SMALL_AREA} square pixels\n"
+                + create_small_table(columns)
             )
         return results
 
