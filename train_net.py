@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -22,18 +23,45 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
+from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def load_and_check(args: argparse.Namespace) -> CfgNode:
+    """Finds what is wrong with the config and its data sets before anything is written."""
+    if not args.config_file and not args.opts:
+        raise UserError("give --config-file, for example configs/SmallShapes/cbbl.yaml")
     cfg = load_config(args.config_file, args.opts)
     register_from_config(cfg)
+    check_cbbl_config(cfg)
+    check_datasets(cfg, eval_only=args.eval_only)
+    if args.eval_only:
+        check_has_weights(cfg, args.resume)
     cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="cbbl_d2")
+    return cfg
+
+
+def check_has_weights(cfg: CfgNode, resume: bool) -> None:
+    if cfg.MODEL.WEIGHTS or (resume and os.path.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")):
+        return
+    raise UserError(
+        "--eval-only needs weights: add MODEL.WEIGHTS path/to/model_best.pth, or --resume for "
+        f"the last checkpoint in OUTPUT_DIR, {cfg.OUTPUT_DIR}"
+    )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    cfg = load_and_check(args)
+    # An evaluation leaves the log and the config of the training as they are.
+    log_dir = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
+    log_cfg = cfg.clone()
+    log_cfg.defrost()
+    log_cfg.OUTPUT_DIR = log_dir
+    default_setup(log_cfg, args)
+    setup_logger(log_dir, distributed_rank=comm.get_rank(), name="cbbl_d2")
     if not torch.cuda.is_available():
         logging.getLogger("cbbl_d2").info("No GPU found: running on the CPU.")
     return cfg
@@ -42,10 +70,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
 @one_line_errors
 def main(args: argparse.Namespace):
     cfg = setup(args)
-    check_datasets(cfg, eval_only=args.eval_only)
     if args.eval_only:
         return evaluate(cfg, args.resume)
-    trainer = CBBLTrainer(cfg, resume=args.resume)
+    trainer = CBBLTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -54,16 +81,11 @@ def evaluate(cfg: CfgNode, resume: bool):
     """Evaluate ``MODEL.WEIGHTS``, or the last checkpoint in ``OUTPUT_DIR`` with ``resume``."""
     model = CBBLTrainer.build_model(cfg)
     checkpointer = CBBLCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-        raise UserError(
-            "--eval-only needs weights: add MODEL.WEIGHTS path/to/model_best.pth, or --resume for "
-            f"the last checkpoint in OUTPUT_DIR, {cfg.OUTPUT_DIR}"
-        )
     extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = CBBLTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
-        # The same file, keys and iteration as an evaluation during training.
+        # The same file and keys as in training; the iteration is that of the checkpoint.
         with EventStorage(extra.get("iteration", 0)) as storage:
             storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
             writer = JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
@@ -75,13 +97,14 @@ def evaluate(cfg: CfgNode, resume: bool):
 @one_line_errors
 def run(args: argparse.Namespace) -> None:
     num_gpus = torch.cuda.device_count()
-    if args.num_gpus > max(num_gpus, 1):
+    if args.num_gpus > num_gpus and args.num_gpus * args.num_machines > 1:
         raise UserError(
-            f"--num-gpus {args.num_gpus}: this machine has {num_gpus} GPUs that torch can use; "
-            + (f"use --num-gpus {num_gpus}" if num_gpus else "leave it out to run on the CPU")
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: this machine has "
+            f"{num_gpus} GPUs that torch can use; "
+            + (f"use --num-gpus {num_gpus}" if num_gpus else "leave both out to run on the CPU")
         )
-    # What is wrong with the config is said once, before any process is started.
-    load_config(args.config_file, args.opts)
+    if args.num_gpus * args.num_machines > 1:
+        load_and_check(args)  # what is wrong is said once, before any process is started
     try:
         launch(
             main,

@@ -6,8 +6,9 @@ What a C-BBL head costs, against Detectron2's own head measured in the same run,
     python benchmarks/head.py --size 480 640 --rounds 3
 
 Prints ratios (C-BBL / stock): training step, peak memory, parameters, inference. And the time of
-loss + decoding for 512 boxes against a dense one-hot implementation of DFL (Generalized Focal
-Loss), forward and backward. Medians of the rounds, with their range.
+cross entropy + decoding for 512 boxes, forward and backward, against a dense one-hot
+implementation of DFL (Generalized Focal Loss); also with the uncertainty loss, which DFL lacks.
+Medians of the rounds, with their range. The default takes some 10 minutes on two CPU cores.
 """
 
 import argparse
@@ -17,10 +18,10 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import time
 from typing import Callable, Dict, List
 
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
 import tqdm
 from detectron2.modeling import build_model
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
 from cbbl_d2.engine import load_config, one_line_errors
 
+PYTHON = platform.python_version()
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
 STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
 CBBL = os.path.join(CONFIGS, "cbbl_faster_rcnn_R_50_FPN_1x.yaml")
@@ -99,7 +101,7 @@ def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> N
     """Median of the ratios of each round, so that a slow spell of the machine hits both sides."""
     ratios = [b / a for a, b in zip(stock, cbbl)]
     print(
-        f"{name:<16} stock {statistics.median(stock):10.2f} {unit:<4} "
+        f"{name:<18} stock {statistics.median(stock):10.2f} {unit:<4} "
         f"C-BBL {statistics.median(cbbl):10.2f} {unit:<4} "
         f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
         flush=True,
@@ -155,9 +157,9 @@ def compare_losses(num_boxes: int, num_intervals: int, rounds: int, device: str)
     offsets = torch.randn(num_boxes, 4, device=device)
     distances = torch.rand(num_boxes, 4, device=device) * num_intervals * 0.999
 
-    def run_cbbl():
+    def run_cbbl(uncertainty: str):
         logits.grad = None
-        cbbl_loss(logits, offsets, grid, uncertainty="none")[0].backward()
+        sum(cbbl_loss(logits, offsets, grid, uncertainty=uncertainty)).backward()
         with torch.no_grad():
             expectation(logits, grid)
 
@@ -167,17 +169,18 @@ def compare_losses(num_boxes: int, num_intervals: int, rounds: int, device: str)
         with torch.no_grad():
             (logits.softmax(dim=-1) * integers).sum(dim=-1)
 
-    def many(function: Callable, repeats: int = 50) -> float:
+    def many(function: Callable, *args, repeats: int = 50) -> float:
         def repeat():
             for _ in range(repeats):
-                function()
+                function(*args)
 
         return seconds(repeat) / repeats * 1e6
 
-    many(run_cbbl), many(run_dfl)  # warm up
-    times = [(many(run_dfl), many(run_cbbl)) for _ in range(rounds)]
-    name = f"loss+decode n={num_intervals}"
-    show_ratio(name, [a for a, _ in times], [b for _, b in times], "us")
+    for uncertainty in ("none", "entropy_gap"):
+        many(run_cbbl, uncertainty), many(run_dfl)  # warm up
+        times = [(many(run_dfl), many(run_cbbl, uncertainty)) for _ in range(rounds)]
+        name = f"n={num_intervals}, {uncertainty}"
+        show_ratio(name, [a for a, _ in times], [b for _, b in times], "us")
 
 
 @one_line_errors
@@ -185,19 +188,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=[800, 1333],
+        metavar=("H", "W"),
+        help="of the image, in pixels (default: 800 1333)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument(
+        "--memory-rounds", type=int, default=2, help="processes per model (default: 2)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
+    )
     parser.add_argument("--class-specific", action="store_true", help="K * 4 outputs, both heads")
-    parser.add_argument("--boxes", type=int, default=512, help="number of boxes of the loss")
-    parser.add_argument("--loss-only", action="store_true")
+    parser.add_argument("--boxes", type=int, default=512, help="of the loss (default: 512)")
+    parser.add_argument("--loss-only", action="store_true", help="leave out the models")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    print(f"{where}, {args.threads} threads, torch {torch.__version__}, {sys.version.split()[0]}")
+    print(f"{where}, threads: {args.threads}, torch {torch.__version__}, Python {PYTHON}")
     if not args.loss_only:
         kind = "class-specific" if args.class_specific else "class-agnostic"
         print(f"Faster R-CNN R-50-FPN, one image of {args.size[0]}x{args.size[1]}, {kind}")

@@ -1,6 +1,7 @@
 """Writing files so that a reader finds the old content or the new one, never half of it."""
 
 import contextlib
+import glob
 import os
 import platform
 import shutil
@@ -42,6 +43,16 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def remove_unfinished(folder: str) -> None:
+    """
+    Remove what processes that died in :func:`atomic_write` left in ``folder``. Only to be called
+    where no other process is writing into it.
+    """
+    for path in glob.glob(os.path.join(glob.escape(folder), ".*.tmp")):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 @contextlib.contextmanager

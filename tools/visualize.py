@@ -16,6 +16,7 @@ import os
 import sys
 from collections import Counter
 
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
@@ -58,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", metavar="NAME", help="registered data set, with ground truth")
     parser.add_argument(
         "--num-images",
-        type=_positive_int,
+        type=_number_of_images,
         metavar="N",
         help="draw at most N images, evenly spread; default: 12 of a data set, all of --input",
     )
@@ -66,13 +67,16 @@ def get_parser() -> argparse.ArgumentParser:
         "--confidence-threshold",
         "--score-threshold",
         dest="confidence_threshold",
-        type=float,
+        type=_score,
         default=0.5,
         metavar="SCORE",
         help="minimum score for predictions to be shown (default: 0.5)",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="folder for the pictures; default: OUTPUT_DIR/pictures"
+        "--output",
+        metavar="DIR",
+        help="folder for the pictures; default: OUTPUT_DIR/pictures, or "
+        "OUTPUT_DIR/pictures/NAME for --dataset NAME",
     )
     parser.add_argument(
         "--scale",
@@ -92,10 +96,20 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+def _number_of_images(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
     return int(text)
+
+
+def _score(text: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = float("nan")
+    if not 0 <= score <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
+    return score
 
 
 def _scale(text: str) -> float | None:
@@ -217,7 +231,7 @@ def draw_all(
     metadata: Metadata | None,
     folder: str,
     args: argparse.Namespace,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """
     Write one picture for each record, and the overview.
 
@@ -225,27 +239,29 @@ def draw_all(
         records: dataset dicts; those without "annotations" have no ground truth.
 
     Returns:
-        number of images drawn, number of images skipped because they cannot be read.
+        numbers of images drawn, of images skipped because they cannot be read, of predictions
+        drawn.
     """
     names = picture_names([r["file_name"] for r in records])
-    drawn, skipped, overview = 0, 0, []
+    drawn, skipped, num_predictions, overview = 0, 0, 0, []
     note = f"score \N{GREATER-THAN OR EQUAL TO} {args.confidence_threshold:g}"
     for record, name in zip(tqdm(records, unit="image"), names, strict=True):
         try:
-            picture = draw_record(record, predictor, metadata, args, note)
+            picture, num = draw_record(record, predictor, metadata, args, note)
         except UserError as e:
             skipped += 1
             tqdm.write(f"skipped: {e}", file=sys.stderr)
             continue
         write_png(os.path.join(folder, f"{name}.png"), picture)
         drawn += 1
+        num_predictions += num
         if len(overview) < MAX_OVERVIEW:
             overview.append(shrink(picture, OVERVIEW_WIDTH))
     if len(overview) > 1:
         write_png(os.path.join(folder, f"{OVERVIEW}.png"), contact_sheet(overview))
         if drawn > len(overview):
             logger.info(f"{OVERVIEW}.png shows the first {len(overview)} pictures")
-    return drawn, skipped
+    return drawn, skipped, num_predictions
 
 
 def make_folder(folder: str, records: list[dict]) -> None:
@@ -268,8 +284,11 @@ def draw_record(
     metadata: Metadata | None,
     args: argparse.Namespace,
     note: str,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """
+    Returns:
+        the picture, and the number of predictions in it.
+
     Raises:
         UserError: this image cannot be read or drawn.
     """
@@ -280,15 +299,17 @@ def draw_record(
     except Exception as e:  # a damaged file can make a decoder raise anything
         raise UserError(f"{path}: {e}".replace("\n", " ")) from e
     instances = predictor(image)["instances"]
-    return draw_pair(
+    instances = instances[instances.scores >= args.confidence_threshold]
+    picture = draw_pair(
         image[:, :, ::-1],
         None if args.no_ground_truth else record.get("annotations"),
-        instances[instances.scores >= args.confidence_threshold],
+        instances,
         metadata,
         scale=args.scale,
         name=os.path.basename(path),
         note=note,
     )
+    return picture, len(instances)
 
 
 def write_png(path: str, picture: np.ndarray) -> None:
@@ -303,7 +324,7 @@ def write_png(path: str, picture: np.ndarray) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    setup_logger(name="cbbl_d2", abbrev_name="cbbl")
+    setup_logger(name="cbbl_d2")
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     if args.dataset is not None:
@@ -315,14 +336,20 @@ def main(argv: list[str] | None = None) -> None:
         records = [{"file_name": x} for x in find_images(args.input)]
         metadata = find_metadata(cfg)
         number = args.num_images
-    folder = args.output or os.path.join(cfg.OUTPUT_DIR, "pictures")
+    folder = args.output or os.path.join(cfg.OUTPUT_DIR, "pictures", args.dataset or "")
+    predictor = build_predictor(cfg)
     make_folder(folder, records)
     records = spread(records, number)
-    drawn, skipped = draw_all(records, build_predictor(cfg), metadata, folder, args)
+    drawn, skipped, num_predictions = draw_all(records, predictor, metadata, folder, args)
     if not drawn:
         raise UserError(f"none of the {skipped} images could be drawn, see the lines above")
     note = f", {skipped} skipped" if skipped else ""
     print(f"{drawn} picture{'' if drawn == 1 else 's'} written to {folder}{note}")
+    if not num_predictions:
+        print(
+            f"No prediction has a score of {args.confidence_threshold:g} or more: try a lower "
+            "--confidence-threshold"
+        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def missing_images(dicts: list[dict]) -> list[str]:
 
 class SkipBrokenImages(torch.utils.data.Dataset):
     """
-    Maps the items of a data set; in place of one whose image is broken it gives the next one.
+    Maps the items of a data set; in place of one whose image is broken it gives the next one of the
+    same orientation (wide or tall: Detectron2 makes batches of one of them).
 
     The next one, not a random one: a resumed run then sees the same images as one that was never
     interrupted. (Detectron2's ``MapDataset`` can replace items for which the mapper returns None,
@@ -81,24 +82,29 @@ class SkipBrokenImages(torch.utils.data.Dataset):
         Raises:
             UserError: many images in a row are broken: this is not the odd damaged file.
         """
-        limit = min(_MAX_CONSECUTIVE_FAILURES, len(self))
-        for step in range(limit):
+        is_wide = _is_wide(self._dataset[int(index)])
+        failures = 0
+        for step in range(len(self)):
             current = (int(index) + step) % len(self)
             record = self._dataset[current]
+            if _is_wide(record) != is_wide:
+                continue
             file_name = record.get("file_name")
             try:
                 item = self._mapper(record)
+                if item is not None:
+                    return item
+                reason = "the mapper leaves it out"
             except Exception as e:
                 reason = _why_broken(e, file_name)
                 if not reason:
                     raise
                 self._report(current, file_name, reason)
-                continue
-            if item is not None:
-                return item
-            reason = "the mapper leaves it out"
+            failures += 1
+            if failures == _MAX_CONSECUTIVE_FAILURES:
+                break
         raise UserError(
-            f"{limit} images in a row cannot be used, the last is {file_name} ({reason}): check "
+            f"{failures} images in a row cannot be used, the last is {file_name} ({reason}): check "
             "the image folder of the data set"
         )
 
@@ -137,6 +143,10 @@ class NameBrokenImage:
                 f"cannot evaluate without the image {file_name} ({reason}): restore the file or "
                 "take it out of the annotation file"
             ) from e
+
+
+def _is_wide(record: dict) -> bool:
+    return record.get("width", 0) > record.get("height", 0)
 
 
 def _why_broken(error: Exception, file_name: str | None) -> str:

@@ -35,6 +35,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     if not eval_only and len(cfg.DATASETS.TRAIN) == 0:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+    if eval_only and len(cfg.DATASETS.TEST) == 0:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
     for name in _used_datasets(cfg, eval_only):
         _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
     check_num_classes(cfg, eval_only)
@@ -87,7 +89,7 @@ def check_registered(name: str, where: str) -> None:
     near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
     raise ConfigError(
         f"{where}: unknown data set {name}"
-        + (f", did you mean {' or '.join(near)}?" if near else "")
+        + (f" (did you mean {' or '.join(near)}?)" if near else "")
         + "; data sets of your own are named in DATASETS.COCO_FORMAT"
     )
 

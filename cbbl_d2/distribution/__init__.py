@@ -13,16 +13,15 @@ Naming convention:
     logits: unnormalised log-probabilities of the grid points, shape ``(..., B)``
 """
 
-from .coding import entropy, expectation, one_hot, two_hot, variance
+from .coding import LABELS, entropy, expectation, one_hot, two_hot, variance
 from .grid import exponential_grid
 from .initialization import gaussian_logits
-from .losses import LABELS, UNCERTAINTIES, cbbl_loss, code_entropy
+from .losses import UNCERTAINTIES, cbbl_loss
 
 __all__ = [
     "LABELS",
     "UNCERTAINTIES",
     "cbbl_loss",
-    "code_entropy",
     "entropy",
     "expectation",
     "exponential_grid",

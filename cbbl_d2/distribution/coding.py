@@ -5,6 +5,8 @@ from typing import Tuple
 import torch
 from torch.nn import functional as F
 
+LABELS = ("two_hot", "one_hot")
+
 
 def two_hot(offsets: torch.Tensor, grid: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """
@@ -50,6 +52,18 @@ def one_hot(offsets: torch.Tensor, grid: torch.Tensor) -> Tuple[torch.Tensor, to
     """
     left, right_weight = two_hot(offsets, grid)
     return left, (right_weight >= 0.5).to(grid.dtype)
+
+
+def encode(offsets: torch.Tensor, grid: torch.Tensor, label: str):
+    """
+    :func:`two_hot` or :func:`one_hot`, by name.
+
+    Raises:
+        ValueError: ``label`` is neither of :data:`LABELS`, or see :func:`two_hot`.
+    """
+    if label not in LABELS:
+        raise ValueError(f"label must be one of {', '.join(LABELS)}; got {label!r}")
+    return (two_hot if label == "two_hot" else one_hot)(offsets, grid)
 
 
 def expectation(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

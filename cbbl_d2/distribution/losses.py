@@ -5,9 +5,8 @@ from typing import Tuple
 import torch
 from torch.nn import functional as F
 
-from .coding import at_least_float32, one_hot, two_hot
+from .coding import at_least_float32, encode
 
-LABELS = ("two_hot", "one_hot")
 UNCERTAINTIES = ("entropy_gap", "entropy", "none")
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -45,7 +44,6 @@ def cbbl_loss(
     for name, value, allowed in (
         ("uncertainty", uncertainty, UNCERTAINTIES),
         ("reduction", reduction, REDUCTIONS),
-        ("label", label, LABELS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -55,7 +53,7 @@ def cbbl_loss(
             f"{tuple(offsets.shape)} and a grid of {grid.numel()} points"
         )
 
-    left, right_weight = (two_hot if label == "two_hot" else one_hot)(offsets, grid)
+    left, right_weight = encode(offsets, grid, label)
     log_p = F.log_softmax(at_least_float32(logits), dim=-1)
     neighbours = log_p.gather(-1, torch.stack((left, left + 1), dim=-1))
     cross_entropy = -torch.lerp(
@@ -68,12 +66,12 @@ def cbbl_loss(
         # Not entropy(logits): that would compute the log-softmax once more.
         uncertainty_loss = -(log_p.exp() * log_p).sum(dim=-1)
         if uncertainty == "entropy_gap":
-            uncertainty_loss = (code_entropy(right_weight) - uncertainty_loss).abs()
+            uncertainty_loss = (_code_entropy(right_weight) - uncertainty_loss).abs()
 
     return _reduce(cross_entropy, reduction), _reduce(uncertainty_loss, reduction)
 
 
-def code_entropy(right_weight: torch.Tensor) -> torch.Tensor:
+def _code_entropy(right_weight: torch.Tensor) -> torch.Tensor:
     """
     Entropy ``H(p*)`` of a two-hot code, in nats: 0 on a grid point, log(2) midway.
 

@@ -1,9 +1,10 @@
 """Checkpoints that are never half written, and weights that never fail to fit in silence."""
 
-import os
 import pickle
 from typing import Any, Dict, List
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
@@ -13,7 +14,10 @@ from cbbl_d2.messages import listed
 
 
 class _AtomicPathManager:
-    """Detectron2's path manager; local files are written to a temporary name, then renamed."""
+    """
+    Detectron2's path manager; local files are written to a temporary name, then renamed. fvcore's
+    checkpointer opens all its files through its path manager, so that this makes each save atomic.
+    """
 
     def __init__(self, path_manager):
         self._path_manager = path_manager
@@ -31,7 +35,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer with atomic writes, and with a check of what it loads:
 
-    * no parameter of the model is in the file: :class:`UserError`;
+    * no weight of the model is in the file: :class:`UserError`;
     * some are not (a stock Faster R-CNN loaded into a C-BBL model, another number of classes):
       one log line names the layers that start anew, or, with ``require_all``,
       :class:`UserError`.
@@ -40,7 +44,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", *, require_all=False, **kwargs: Any):
         """
         Args:
-            require_all: whether every parameter must come from the file, as for evaluation.
+            require_all: whether every weight must come from the file, as for evaluation.
                 Can be changed later. Resuming always requires all.
         """
         super().__init__(model, save_dir, **kwargs)
@@ -70,24 +74,36 @@ class CBBLCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
-            return super()._load_file(filename)
+            loaded = super()._load_file(filename)
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
-            reason = str(e).strip().split("\n")[0]
+            # Not torch's own words: they advise to turn off the check for malicious files.
             raise UserError(
-                f"{filename}: not a checkpoint that Detectron2 can read ({reason})"
+                f"{filename}: not a checkpoint, damaged, or with more in it than tensors and plain "
+                "values"
             ) from e
+        weights = loaded.get("model")
+        if not isinstance(weights, dict) or not all(
+            isinstance(value, (torch.Tensor, np.ndarray)) for value in weights.values()
+        ):
+            raise UserError(
+                f"{filename}: not a checkpoint of Detectron2: it must be a dict of tensors, or one "
+                'with such a dict under "model"; convert it first'
+            )
+        return loaded
 
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
         model = getattr(self.model, "module", self.model)
-        parameters = [name for name, _ in model.named_parameters()]
-        there = {name: shape for name, shape, _ in incompatible.incorrect_shapes}
-        absent = set(incompatible.missing_keys) | set(there)
-        anew = _layers([name for name in parameters if name in absent])
-        if parameters and len(absent.intersection(parameters)) == len(parameters):
+        # The statistics of batch norms are buffers; these others the config or the use decides.
+        own = ("pixel_mean", "pixel_std", "num_batches_tracked")
+        weights = [name for name in model.state_dict() if not name.endswith(own)]
+        wrong_shape = [name for name, _, _ in incompatible.incorrect_shapes]
+        absent = {*incompatible.missing_keys, *wrong_shape}
+        anew = _layers([name for name in weights if name in absent])
+        if weights and absent.issuperset(weights):
             raise UserError(
-                f"{self._path}: weights of another architecture: none of the {len(parameters)} "
-                "parameters of this model is in it; give the config that it was trained with"
+                f"{self._path}: weights of another architecture: none of the {len(weights)} "
+                "tensors of this model is in it; give the config that it was trained with"
             )
         if anew and self.require_all:
             raise UserError(
@@ -96,7 +112,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
             )
         if anew:
             self.logger.info(
-                f"{self._path}: loaded; {len(anew)} of {len(_layers(parameters))} layers start "
+                f"{self._path}: loaded; {len(anew)} of {len(_layers(weights))} layers start "
                 f"anew, as it has no weights of their shape: {listed(anew, limit=8)}"
             )
         return incompatible
@@ -117,13 +133,13 @@ def load_weights(model: nn.Module, path: str) -> None:
         path: file, or URL that Detectron2 knows.
 
     Raises:
-        UserError: ``path`` is empty, cannot be read or lacks a parameter of the model.
+        UserError: ``path`` is empty, cannot be read or lacks a weight of the model.
     """
     if not path:
         raise UserError("no weights given: set MODEL.WEIGHTS, e.g. to OUTPUT_DIR/model_best.pth")
     CBBLCheckpointer(model, require_all=True).load(path)
 
 
-def _layers(parameters: List[str]) -> List[str]:
-    """Names of the modules that own the parameters, in order."""
-    return list(dict.fromkeys(os.path.splitext(name)[0] for name in parameters))
+def _layers(weights: List[str]) -> List[str]:
+    """Names of the modules that own the weights, in order."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in weights))

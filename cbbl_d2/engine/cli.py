@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import re
 import sys
 from typing import Callable, List, Optional
 
@@ -31,7 +32,9 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     add_cbbl_config(cfg)
     if config_file:
         if not os.path.isfile(config_file):
-            raise ConfigError(f"{config_file}: no such config file")
+            raise ConfigError(
+                f"{config_file}: no such config file (working directory: {os.getcwd()})"
+            )
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         except FileNotFoundError as e:
@@ -42,8 +45,11 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
             raise ConfigError(f"{config_file}: {_explain(e, cfg)}") from e
     if opts:
         if len(opts) % 2 != 0:
+            options = [word for word in opts if word.startswith("--")]
             raise ConfigError(
-                f"overrides must come as KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
+                f"overrides must come as KEY VALUE pairs, but there is an odd number of words "
+                f"({' '.join(opts)})"
+                + (f": put {' '.join(options)} before them" if options else "")
             )
         try:
             cfg.merge_from_list(opts)
@@ -57,8 +63,8 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
 def one_line_errors(main: Callable) -> Callable:
     """
     Decorator for the ``main`` of a script: a :class:`UserError` is printed as ``error: ...``
-    without a traceback and ends the program with exit status 1. Other exceptions are bugs and
-    keep their traceback.
+    without a traceback and ends the program with exit status 1, Ctrl-C as ``interrupted`` with
+    130. Other exceptions are bugs and keep their traceback.
     """
 
     @functools.wraps(main)
@@ -68,6 +74,9 @@ def one_line_errors(main: Callable) -> Callable:
         except UserError as e:
             print(f"error: {_message(e)}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 
@@ -83,6 +92,14 @@ def _message(error: UserError) -> str:
 def _explain(error: Exception, cfg: CfgNode) -> str:
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     message = _one_line(message)
+    mismatch = re.fullmatch(
+        r"Type mismatch \(<class '(\w+)'> vs\. <class '\w+'>\) with values \((.*) vs\. (.*)\) "
+        r"for config key: (.*)",
+        message,
+    )
+    if mismatch:
+        kind, present, value, key = mismatch.groups()
+        return f"{key} = {value}: must be of type {kind}, such as {present}"
     # yacs words it differently for a file and for the command line.
     if message.startswith("Non-existent "):
         key = message.rpartition(" ")[2]

@@ -1,20 +1,13 @@
 """Training hooks: what Detectron2's checkpoints lack to resume exactly, and the best model."""
 
-import json
-import logging
-import os
 from typing import Any, Dict, Optional
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from cbbl_d2.data.train_loader import ResumableTrainLoader
-from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
 
 from .rng import rng_state, set_rng_state
-
-logger = logging.getLogger(__name__)
 
 # Detectron2's writers show the median of the last 20 values of a loss.
 _SMOOTHING_WINDOW = 20
@@ -41,9 +34,7 @@ class ResumeState(HookBase):
             "scalars": {
                 name: [[float(v), int(i)] for v, i in history.values()[-_SMOOTHING_WINDOW:]]
                 for name, history in storage.histories().items()
-                # What is smoothed is logged in each iteration. Others, such as AP, would be
-                # written to metrics.json a second time.
-                if hints[name] and history.values()[-1][1] == self.trainer.iter
+                if hints[name]  # others, such as AP, would be written a second time
             },
         }
 
@@ -68,33 +59,12 @@ class ResumeState(HookBase):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """
-    Detectron2's, which forgets on resume how good its ``model_best.pth`` is. Here the figure
-    stands beside it in ``model_best.json``: not in the checkpoints, which are written before the
-    evaluation of the same iteration.
-    """
+    """Detectron2's, which forgets on resume how good its ``model_best.pth`` is."""
 
-    def __init__(self, eval_period: int, checkpointer, val_metric: str, resume: bool):
-        """
-        Args:
-            resume: whether this run continues the one in ``checkpointer.save_dir``.
-        """
-        super().__init__(eval_period, checkpointer, val_metric)
-        self._path = os.path.join(checkpointer.save_dir, f"{self._file_prefix}.json")
-        if resume and os.path.isfile(self._path):
-            try:
-                with open(self._path) as f:
-                    best = json.load(f)
-                self.best_metric, self.best_iter = best[val_metric], best["iteration"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(
-                    f"{self._path}: does not hold {val_metric} of the best model so far; "
-                    "delete it to choose the best model anew"
-                ) from e
+    def state_dict(self) -> Dict[str, Any]:
+        if self.best_metric is None:
+            return {}
+        return {"best_metric": float(self.best_metric), "best_iter": int(self.best_iter)}
 
-    def _best_checking(self) -> None:
-        before = self.best_iter
-        super()._best_checking()
-        if self.best_iter != before:
-            with atomic_write(self._path, "w") as f:
-                json.dump({self._val_metric: self.best_metric, "iteration": self.best_iter}, f)
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]

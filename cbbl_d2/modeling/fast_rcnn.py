@@ -137,7 +137,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             logits, offsets = logits[finite], offsets[finite]
 
         grid = self.box2box_transform.grid_like(logits)
-        log_localization_stats(logits, offsets, grid)
+        log_localization_stats(logits, offsets, grid, self.label)
         losses = cbbl_loss(
             logits, offsets, grid, uncertainty=self.uncertainty, label=self.label, reduction="sum"
         )
@@ -148,7 +148,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         As in the base class. A class-specific head decodes only the (box, class) pairs whose
         score is above the threshold: the others are dropped next anyway.
         """
-        if not proposals or self._is_class_agnostic(predictions[1]):
+        if self._is_class_agnostic(predictions[1]):
             return super().inference(predictions, proposals)
 
         scores = self.predict_probs(predictions, proposals)

@@ -3,12 +3,16 @@
 import torch
 from detectron2.utils.events import get_event_storage
 
-from cbbl_d2.distribution import code_entropy, entropy, expectation, two_hot
+from cbbl_d2.distribution import cbbl_loss, expectation
 
 
 @torch.no_grad()
 def log_localization_stats(
-    logits: torch.Tensor, offsets: torch.Tensor, grid: torch.Tensor, prefix: str = "cbbl"
+    logits: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: torch.Tensor,
+    label: str = "two_hot",
+    prefix: str = "cbbl",
 ) -> None:
     """
     Put into the event storage, as means over all coordinates:
@@ -26,15 +30,18 @@ def log_localization_stats(
         logits: shape ``(R, 4, B)``.
         offsets: finite targets, shape ``(R, 4)``.
         grid: shape ``(B,)``.
+        label: as for :func:`cbbl_d2.distribution.cbbl_loss`.
     """
     if offsets.numel() == 0:
         return
     outside = (offsets < grid[0]) | (offsets > grid[-1])
-    _, right_weight = two_hot(offsets, grid)
+    _, gap = cbbl_loss(
+        logits, offsets, grid, uncertainty="entropy_gap", reduction="none", label=label
+    )
     stats = torch.stack(
         (
             outside.float().mean(),
-            (code_entropy(right_weight) - entropy(logits)).abs().mean(),
+            gap.mean(),
             (expectation(logits, grid) - offsets).abs().mean(),
         )
     ).tolist()  # one transfer from the device for all three

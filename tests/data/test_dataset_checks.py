@@ -53,7 +53,7 @@ def test_same_number_but_other_classes(register, folder, new_name, content):
 
 
 def test_unknown_and_missing_data_sets(tmp_path, monkeypatch, error_of):
-    with pytest.raises(ConfigError, match="TEST: unknown data set coco_2017_vall, did you mean"):
+    with pytest.raises(ConfigError, match="TEST: unknown data set coco_2017_vall .did you mean"):
         check_datasets(make_cfg(test=["coco_2017_vall"]), eval_only=True)
     with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
         check_datasets(make_cfg(test=["coco_2017_val"]))

@@ -203,7 +203,7 @@ def outcome(folder):
         ("unnamed_category", ["{folder}/unnamed.json: category 2 has no name", 'add "name"']),
         ("wrong_folder", ["{folder}/nowhere: no such folder", "correct the image folder"]),
         ("num_classes", ["mine has 2 classes", "set MODEL.ROI_HEADS.NUM_CLASSES 2"]),
-        ("unknown_data_set", ["small_shape_train, did you mean small_shapes_train"]),
+        ("unknown_data_set", ["small_shape_train (did you mean small_shapes_train"]),
         ("malformed_entry", ["DATASETS.COCO_FORMAT: ", "[name, annotation_json, image_folder]"]),
         ("unknown_key", ["SOLVER.MAX_ITERS", "SOLVER.MAX_ITER?"]),
         ("no_gpus", ["--num-gpus 64", "0 GPUs"]),

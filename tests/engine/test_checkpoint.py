@@ -73,6 +73,25 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content):
         load_weights(Layers(), str(path))
 
 
+@pytest.mark.parametrize(
+    "content", [{"meta": {"epoch": 1}, "state_dict": {}}, [torch.zeros(1)], {"model": [1]}]
+)
+def test_a_checkpoint_of_another_framework(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(UserError, match="weights.pth: not a checkpoint of Detectron2"):
+        CBBLCheckpointer(Layers()).load(str(path))
+
+
+def test_missing_statistics_of_a_batch_norm_are_noticed(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    weights = model.state_dict()
+    del weights["1.running_mean"]
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="weights.pth: does not fit.* 1;"):
+        load_weights(model, str(tmp_path / "weights.pth"))
+
+
 def test_missing_and_empty_path(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth: no such weights file"):
         load_weights(Layers(), str(tmp_path / "nowhere.pth"))

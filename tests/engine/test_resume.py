@@ -12,6 +12,7 @@ import torch
 from detectron2.engine import HookBase
 
 from cbbl_d2.engine import CBBLTrainer
+from cbbl_d2.engine.hooks import BestCheckpointer
 from cbbl_d2.errors import UserError
 
 # Timings differ from run to run.
@@ -45,7 +46,7 @@ def train(cfg, output_dir, resume=False, interrupt_at=None):
     from detectron2.utils.env import seed_all_rng
 
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
-    trainer = CBBLTrainer(cfg, resume=resume)
+    trainer = CBBLTrainer(cfg)
     # Writes each iteration, after everything else: the default period of 20 compares too little.
     from detectron2.engine import hooks
     from detectron2.utils.events import JSONWriter
@@ -114,75 +115,128 @@ def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_pat
 
 
 def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
-    """The issue of a real kill: the checkpoint that is being written must not count."""
+    """The resumed run logs what an uninterrupted one does; no checkpoint is half written."""
     command = [
         sys.executable,
         os.path.join(repository, "train_net.py"),
         "--config-file",
         os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml"),
     ]
-    options = ["SOLVER.MAX_ITER", "60", "SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", "killed"]
+    options = ["SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.MAX_ITER", "30", "DATASETS.TEST", "()"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        result = subprocess.run(
+            [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
     output = tmp_path / "killed"
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            [*command, *options], cwd=tmp_path, env=environment, stdout=log, stderr=log
+            [*command, *options, "OUTPUT_DIR", "killed"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         deadline = time.time() + 300
-        while not (output / "model_0000003.pth").exists():
+        while not (output / "model_0000005.pth").exists():
             assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     last = (output / "last_checkpoint").read_text()
     iteration = torch.load(output / last, weights_only=True)["iteration"]
+    assert 5 <= iteration < 29
 
-    options[1] = str(iteration + 3)
-    result = subprocess.run(
-        [*command, "--resume", *options],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"Starting training from iteration {iteration + 1}" in result.stdout
-    assert (output / "model_final.pth").exists()
+    log = run("--resume", *options, "OUTPUT_DIR", "killed")
+    assert f"Starting training from iteration {iteration + 1}" in log
     for path in output.glob("*.pth"):
-        torch.load(path, weights_only=True)  # none is half written
+        torch.load(path, weights_only=True)
+    run(*options, "OUTPUT_DIR", "whole")
+    whole, killed = metrics(tmp_path / "whole"), metrics(output)
+    assert set(whole) == {19, 29}  # the writers' period is 20
+    for i in whole:
+        assert {k: repr(v) for k, v in killed[i].items()} == {
+            k: repr(v) for k, v in whole[i].items()
+        }
 
 
-def test_best_model_survives_resuming(tiny_cfg, tmp_path, monkeypatch):
-    """Of APs 30, 50 | resume | 40, 20 the best is the second."""
-    aps = iter([30.0, 50.0, 40.0, 20.0])
-    monkeypatch.setattr(
-        CBBLTrainer, "test", classmethod(lambda cls, cfg, model: {"bbox": {"AP": next(aps)}})
-    )
+class Died(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("dies_at", (1, 2, 3))
+def test_best_model_survives_resuming(tiny_cfg, tmp_path, monkeypatch, dies_at):
+    """A run dies within one of its evaluations; resumed, it finds the same best model."""
+    aps = {1: 30.0, 3: 50.0, 5: 40.0, 8: 20.0}  # by iteration
+    calls = []
+
+    def test(cls, cfg, model):
+        calls.append(trainer_iter())
+        if len(calls) == dies_at:
+            raise Died
+        return {"bbox": {"AP": aps[trainer_iter()]}}
+
+    from detectron2.utils.events import get_event_storage
+
+    def trainer_iter():
+        return get_event_storage().iter
+
+    monkeypatch.setattr(CBBLTrainer, "test", classmethod(test))
     tiny_cfg.merge_from_list(
         ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 8, "TEST.EVAL_PERIOD", 2]
     )
-    train(tiny_cfg, tmp_path / "run", interrupt_at=5)
-    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
+    with pytest.raises(Died):
+        train(tiny_cfg, tmp_path / "run")
     trainer = train(tiny_cfg, tmp_path / "run", resume=True)
-    assert trainer.start_iter == 4
-    best = json.loads((tmp_path / "run" / "model_best.json").read_text())
-    assert best == {"bbox/AP": 50.0, "iteration": 3}
+    assert calls.count(2 * dies_at - 1) == 2  # the evaluation that was cut short is done again
+    best = next(h for h in trainer._hooks if isinstance(h, BestCheckpointer))
+    assert (best.best_metric, best.best_iter) == (max(aps.values()), 3)
     state = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)
     second = torch.load(tmp_path / "run" / "model_0000003.pth", weights_only=True)
     for name, value in state["model"].items():
         assert torch.equal(value, second["model"][name])
 
 
-def test_a_fresh_run_forgets_the_best_model_of_the_folder(tiny_cfg, tmp_path, monkeypatch):
-    aps = iter([30.0, 20.0])
+def test_a_run_without_resume_forgets_the_best_model_of_the_folder(tiny_cfg, tmp_path, monkeypatch):
+    aps = iter([90.0, 30.0, 40.0])
     monkeypatch.setattr(
         CBBLTrainer, "test", classmethod(lambda cls, cfg, model: {"bbox": {"AP": next(aps)}})
     )
-    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 1])
-    for ap in (30.0, 20.0):
-        train(tiny_cfg, tmp_path / "run")
-        best = json.loads((tmp_path / "run" / "model_best.json").read_text())
-        assert best["bbox/AP"] == ap
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
+    train(tiny_cfg, tmp_path / "run")
+    train(tiny_cfg, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 2
+    # And when the second one is resumed.
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    trainer = train(tiny_cfg, tmp_path / "run", resume=True)
+    best = next(h for h in trainer._hooks if isinstance(h, BestCheckpointer))
+    assert best.best_metric == 40.0
+
+
+def test_resuming_a_finished_run_only_evaluates(tiny_cfg, tmp_path):
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
+    train(tiny_cfg, tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    rows = (tmp_path / "run" / "metrics.json").read_text().count("\n")
+    train(tiny_cfg, tmp_path / "run", resume=True)
+    after = metrics(tmp_path / "run")
+    assert {i: {k: repr(v) for k, v in row.items()} for i, row in after.items()} == {
+        i: {k: repr(v) for k, v in row.items()} for i, row in before.items()
+    }
+    # The two writers of this test add the evaluation, and nothing else.
+    assert (tmp_path / "run" / "metrics.json").read_text().count("\n") == rows + 2
+
+
+def test_resume_without_a_checkpoint_warns(tiny_cfg, tmp_path, caplog):
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1])
+    tiny_cfg.DATASETS.TEST = ()
+    train(tiny_cfg, tmp_path / "run", resume=True)
+    (record,) = [r for r in caplog.records if "no checkpoint in" in r.getMessage()]
+    assert record.levelname == "WARNING" and str(tmp_path / "run") in record.getMessage()
 
 
 def test_resuming_with_another_grid_is_refused(tiny_cfg, tmp_path):

@@ -93,18 +93,31 @@ def test_storage_scalars_by_hand():
     predictor = head()
     p = Instances((100, 100))
     p.proposal_boxes = Boxes(torch.tensor([[10.0, 10, 30, 30], [0, 0, 8, 8]]))
-    p.gt_boxes = Boxes(torch.tensor([[11.0, 10, 31, 30], [20, 0, 28, 8]]))
+    p.gt_boxes = Boxes(torch.tensor([[11.0, 10, 31, 30], [20, -20, 28, -12]]))
     p.gt_classes = torch.tensor([0, 1])
-    # Offsets: dx = 10 * 1 / 20 = .5 and dx = 10 * 20 / 8 = 25, outside; six are zero.
+    # Offsets: dx = 10 * 1 / 20 = .5; dx = 10 * 20 / 8 = 25 and dy = -25, outside; five are zero.
     with EventStorage() as storage:
         predictor.losses((torch.zeros(2, K + 1), torch.zeros(2, 4 * B)), [p])
         latest = {k: v[0] for k, v in storage.latest().items()}
-    assert latest["cbbl/clipped_fraction"] == pytest.approx(1 / 8)
-    assert latest["cbbl/offset_l1"] == pytest.approx(25.5 / 8)
+    assert latest["cbbl/clipped_fraction"] == pytest.approx(2 / 8)
+    assert latest["cbbl/offset_l1"] == pytest.approx(50.5 / 8)
     _, w = two_hot(torch.tensor(0.5), GRID)
     h = -(w * w.log() + (1 - w) * (1 - w).log()).item()
-    gaps = [math.log(6) - h, math.log(6) - 0] + 6 * [math.log(6) - math.log(2)]
+    gaps = [math.log(6) - h] + 2 * [math.log(6)] + 5 * [math.log(6) - math.log(2)]
     assert latest["cbbl/entropy_gap"] == pytest.approx(sum(gaps) / 8, rel=1e-4)
+
+    # The gap has no sign: a head that is surer than its label does not make up for an unsure one.
+    sure = torch.zeros(2, 4, B)
+    sure[0, 1:, 0] = 100.0
+    one_hot = head(label="one_hot")
+    for layers, label_entropy in ((predictor, math.log(2)), (one_hot, 0.0)):
+        with EventStorage() as storage:
+            layers.losses((torch.zeros(2, K + 1), sure.flatten(1)), [p])
+            gap = storage.latest()["cbbl/entropy_gap"][0]
+        h_dx = h if label_entropy else 0.0
+        gaps = [math.log(6) - h_dx] + 3 * [label_entropy] + 2 * [math.log(6)]
+        gaps += 2 * [math.log(6) - label_entropy]
+        assert gap == pytest.approx(sum(gaps) / 8, rel=1e-4)
 
 
 @pytest.mark.parametrize("agnostic", (True, False))
@@ -206,6 +219,17 @@ def test_inference_without_proposals(agnostic):
     p = sample_proposals(0)
     results, _ = predictor.inference(predictor(torch.zeros(0, 16)), [p])
     assert len(results) == 1 and len(results[0]) == 0
+
+
+def test_the_new_layer_starts_like_detectron2_s():
+    torch.manual_seed(0)
+    predictor = CBBLFastRCNNOutputLayers(
+        ShapeSpec(channels=1024),
+        box2box_transform=CBBLBox2BoxTransform(WEIGHTS, GRID),
+        num_classes=K,
+    )
+    assert predictor.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert (predictor.bbox_pred.bias == 0).all()
 
 
 @pytest.mark.parametrize("agnostic", (True, False))

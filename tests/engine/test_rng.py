@@ -1,0 +1,29 @@
+import random
+
+import numpy as np
+import torch
+
+from cbbl_d2.engine.rng import preserve_rng, rng_state, set_rng_state
+
+
+def draw():
+    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1)
+
+
+def test_all_generators_are_restored_also_through_a_file(tmp_path):
+    draw()  # an odd number of Gaussians: the second of a pair is kept back
+    torch.save(rng_state(), tmp_path / "state")
+    expected = draw()
+    set_rng_state(torch.load(tmp_path / "state", weights_only=True))
+    assert draw() == expected
+
+
+def test_preserve():
+    draw()
+    state = rng_state()
+    expected = draw()
+    set_rng_state(state)
+    with preserve_rng():
+        draw()
+        draw()
+    assert draw() == expected
