@@ -17,6 +17,9 @@ def test_overrides_and_device(repository):
         (["MODEL.CBBL.ALPA", "3.0"], r"MODEL\.CBBL\.ALPA; did you mean MODEL\.CBBL\.ALPHA\?"),
         (["MODEL.CBBL.NUM_INTERVALS", "many"], r"MODEL\.CBBL\.NUM_INTERVALS"),
         (["MODEL.CBBL.ALPHA"], "KEY VALUE pairs"),
+        (["OUTPUT_DIR", "a", "--resume"], "put --resume before them"),
+        (["MODEL.CBBL.ALPHA", "4"], r"MODEL\.CBBL\.ALPHA = 4: must be of type float, such as 5\.0"),
+        (["DATASETS.TRAIN", "mine"], r"DATASETS\.TRAIN = mine: must be of type tuple"),
     ],
 )
 def test_bad_overrides(opts, message):
@@ -61,6 +64,11 @@ def test_one_line_errors(capsys):
     with pytest.raises(SystemExit):
         fails(UserError(f"{worker} call last):\n  ...\ncbbl_d2.errors.UserError: x.png: broken\n"))
     assert capsys.readouterr().err == "error: x.png: broken\n"
+
+    with pytest.raises(SystemExit) as status:
+        fails(KeyboardInterrupt())
+    assert status.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         fails(ZeroDivisionError())

@@ -147,7 +147,7 @@ def test_the_image_reaches_the_model_and_the_picture_unchanged(tool, run, tmp_pa
     red = np.zeros((40, 60, 3), np.uint8)
     red[:, :, 2] = 250  # BGR
     cv2.imwrite(str(tmp_path / "red.png"), red)
-    run("--input", tmp_path / "red.png", "--score-threshold", "1.1")
+    run("--input", tmp_path / "red.png", "--score-threshold", "1")
     drawn = cv2.imread(str(tmp_path / "out/red.png"))
     assert (drawn[-80:] == red[0, 0]).all()
 
@@ -262,3 +262,18 @@ def test_class_names_for_plain_images(tool, tmp_path):
     finally:
         DatasetCatalog.pop(DATASET)
         MetadataCatalog.pop(DATASET)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--score-threshold", "50"), ("--score-threshold", "x"), ("--num-images", "x")]
+)
+def test_impossible_options(tool, capsys, option, value):
+    with pytest.raises(SystemExit):
+        tool.get_parser().parse_args(["--config-file", "x", "--input", "y", option, value])
+    assert f"{value}: must be" in capsys.readouterr().err
+
+
+def test_a_hint_where_nothing_is_found(run, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "red.png"), np.zeros((40, 40, 3), np.uint8))
+    run("--input", tmp_path / "red.png", "--score-threshold", "1")
+    assert "No prediction has a score of 1 or more" in capsys.readouterr().out
