@@ -265,7 +265,8 @@ def test_class_names_for_plain_images(tool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--score-threshold", "50"), ("--score-threshold", "x"), ("--num-images", "x")]
+    "option, value",
+    [("--score-threshold", "50"), ("--score-threshold", "x"), ("--num-images", "x")],
 )
 def test_impossible_options(tool, capsys, option, value):
     with pytest.raises(SystemExit):
