@@ -79,25 +79,28 @@ class ResumableTrainLoader:
         if mapper is None:
             mapper = DatasetMapper(cfg, is_train=True)
         self._args: dict[str, Any] = _train_loader_from_config(cfg, mapper=mapper)
+        self._is_wide = None
         self._num_batches = 0
+        dataset = self._args["dataset"]
+        if isinstance(dataset, list):
+            if self._args["aspect_ratio_grouping"]:
+                self._is_wide = [d["width"] > d["height"] for d in dataset]
+            # Here and not later, so that the list is freed: on COCO it takes gigabytes, and once
+            # more for each worker.
+            dataset = DatasetFromList(dataset, copy=False)
+            # Not Detectron2's MapDataset: see SkipBrokenImages.
+            self._args.update(dataset=SkipBrokenImages(dataset, mapper), mapper=None)
 
     def __iter__(self):
         args = dict(self._args)
-        dataset, mapper = args.pop("dataset"), args.pop("mapper")
-        if args["sampler"] is not None:
-            is_wide = None
-            if args["aspect_ratio_grouping"]:
-                is_wide = [d["width"] > d["height"] for d in dataset]
+        if args["sampler"] is not None:  # None for a data set that is a stream
             args["sampler"] = ResumableSampler(
                 args["sampler"],
                 args["total_batch_size"] // comm.get_world_size(),
                 self._num_batches,
-                is_wide,
+                self._is_wide,
             )
-            # Not Detectron2's MapDataset: see SkipBrokenImages.
-            dataset = SkipBrokenImages(DatasetFromList(dataset, copy=False), mapper)
-            mapper = None
-        batches = iter(build_detection_train_loader(dataset, mapper=mapper, **args))
+        batches = iter(build_detection_train_loader(**args))
         # Starting its iterator, a DataLoader draws a seed from torch's global generator. A resumed
         # run would draw once more than one that was never interrupted: give the number back. (The
         # augmentations of Detectron2 draw from NumPy.)
