@@ -16,7 +16,6 @@ import gc
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from typing import Callable, Dict, List
@@ -88,13 +87,15 @@ def seconds(function: Callable, *args) -> float:
 
 
 def peak_memory(config_file: str, class_specific: bool, size: List[int], threads: int) -> float:
-    """MiB of one training step. On the CPU: peak resident size of this (fresh) process."""
+    """MiB of one training step. On the CPU: peak resident size of this (fresh) process; Linux."""
     torch.set_num_threads(threads)
     model, inputs = make_model(config_file, class_specific), make_inputs(*size)
     train_step(model, inputs)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Not getrusage: its maximum is handed down from the process that started this one.
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**10
 
 
 def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> None:
@@ -112,7 +113,7 @@ def compare_models(args: argparse.Namespace) -> None:
     models = {name: make_model(name, args.class_specific) for name in (STOCK, CBBL)}
     inputs = make_inputs(*args.size)
     times = {(name, f): [] for name in models for f in (train_step, inference)}
-    steps = tqdm.tqdm(total=(args.rounds + 1) * 4, desc="alternating", leave=False)
+    steps = tqdm.tqdm(total=(args.rounds + 1) * 4, desc="alternating", leave=False, disable=None)
     for round_ in range(args.rounds + 1):
         # Which comes first changes each round.
         for name in list(models)[:: 1 if round_ % 2 else -1]:
@@ -131,7 +132,7 @@ def compare_models(args: argparse.Namespace) -> None:
 
     memory = {STOCK: [], CBBL: []}
     context = multiprocessing.get_context("spawn")
-    for _ in tqdm.trange(args.memory_rounds, desc="memory", leave=False):
+    for _ in tqdm.trange(args.memory_rounds, desc="memory", leave=False, disable=None):
         for name in memory:
             with context.Pool(1) as pool:  # a process of its own: peaks do not mix
                 arguments = (name, args.class_specific, args.size, args.threads)
