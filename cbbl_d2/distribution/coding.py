@@ -41,7 +41,7 @@ def two_hot(offsets: torch.Tensor, grid: torch.Tensor) -> Tuple[torch.Tensor, to
     # but a slice is one more kernel than a clamp in place.
     left = torch.searchsorted(grid, offsets.contiguous(), right=True).sub_(1)
     left = left.clamp_(0, grid.numel() - 2)
-    low, high = grid[left], grid[left + 1]
+    low, high = grid.take(left), grid.take(left + 1)
     return left, (offsets - low) / (high - low)
 
 
@@ -101,14 +101,20 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor: shape ``(...)``, at least float32, in ``[0, log(B)]``.
     """
-    log_p = F.log_softmax(at_least_float32(logits), dim=-1)
+    log_p = log_probabilities(logits)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax over the last dimension, in at least float32."""
+    return F.log_softmax(_points_first(logits), dim=0).movedim(0, -1)
+
+
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return F.softmax(at_least_float32(logits), dim=-1)
+    return F.softmax(_points_first(logits), dim=0).movedim(0, -1)
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision becomes float32; float32 and float64 stay as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _points_first(logits: torch.Tensor) -> torch.Tensor:
+    # Half precision becomes float32; float32 and float64 stay as they are. On the CPU, torch's
+    # softmax over a short last dimension takes up to ten times as long as over the first one.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(-1, 0)

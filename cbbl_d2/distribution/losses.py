@@ -3,9 +3,8 @@
 from typing import Tuple
 
 import torch
-from torch.nn import functional as F
 
-from .coding import at_least_float32, encode
+from .coding import encode, log_probabilities
 
 UNCERTAINTIES = ("entropy_gap", "entropy", "none")
 REDUCTIONS = ("sum", "mean", "none")
@@ -54,7 +53,7 @@ def cbbl_loss(
         )
 
     left, right_weight = encode(offsets, grid, label)
-    log_p = F.log_softmax(at_least_float32(logits), dim=-1)
+    log_p = log_probabilities(logits)
     neighbours = log_p.gather(-1, torch.stack((left, left + 1), dim=-1))
     cross_entropy = -torch.lerp(
         neighbours[..., 0], neighbours[..., 1], right_weight.to(log_p.dtype)
