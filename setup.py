@@ -40,7 +40,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "dev": [
-        "pytest>=7",  # reads its configuration from pyproject.toml, with `pythonpath`
+        "pytest>=7.3",  # the first one with `tmp_path_retention_policy`
         "ruff>=0.5",  # `ruff check` and `ruff format` with the settings of pyproject.toml
     ],
 }
