@@ -168,7 +168,15 @@ def draw_boxes(
         # A dark rim keeps every color visible on every background.
         patch.set_path_effects([withStroke(linewidth=1.7 * line_width, foreground="black")])
     _draw_labels(visualizer, boxes, labels, colors)
-    return canvas.get_image()
+
+    # Not canvas.get_image(): matplotlib < 3.11 moves the pixels of an image that it draws by one or
+    # two. Take the drawing alone, and lay it over the image.
+    for artist in canvas.ax.images:
+        artist.set_visible(False)
+    data, (width, height) = canvas.canvas.print_to_buffer()
+    drawing = np.frombuffer(data, dtype=np.uint8).reshape(height, width, 4).astype(np.float32)
+    opacity = drawing[:, :, 3:] / 255
+    return np.rint(image * (1 - opacity) + drawing[:, :, :3] * opacity).astype(np.uint8)
 
 
 def draw_pair(
