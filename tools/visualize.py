@@ -102,11 +102,15 @@ def _number_of_images(text: str) -> int:
     return int(text)
 
 
-def _score(text: str) -> float:
+def _float_or_nan(text: str) -> float:
     try:
-        score = float(text)
+        return float(text)
     except ValueError:
-        score = float("nan")
+        return float("nan")
+
+
+def _score(text: str) -> float:
+    score = _float_or_nan(text)
     if not 0 <= score <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
     return score
@@ -115,10 +119,7 @@ def _score(text: str) -> float:
 def _scale(text: str) -> float | None:
     if text == "auto":
         return None
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = float("nan")
+    scale = _float_or_nan(text)
     if not 0 < scale < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be auto or a number > 0")
     return scale

@@ -101,13 +101,17 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor: shape ``(...)``, at least float32, in ``[0, log(B)]``.
     """
-    log_p = log_probabilities(logits)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    return entropy_of(log_probabilities(logits))
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Log-softmax over the last dimension, in at least float32."""
     return F.log_softmax(_points_first(logits), dim=0).movedim(0, -1)
+
+
+def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
+    """As :func:`entropy`, for one who has the log-probabilities ``(..., B)`` already."""
+    return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Tuple
 
 import torch
 
-from .coding import encode, log_probabilities
+from .coding import encode, entropy_of, log_probabilities
 
 UNCERTAINTIES = ("entropy_gap", "entropy", "none")
 REDUCTIONS = ("sum", "mean", "none")
@@ -62,8 +62,7 @@ def cbbl_loss(
     if uncertainty == "none":
         uncertainty_loss = torch.zeros_like(cross_entropy)
     else:
-        # Not entropy(logits): that would compute the log-softmax once more.
-        uncertainty_loss = -(log_p.exp() * log_p).sum(dim=-1)
+        uncertainty_loss = entropy_of(log_p)
         if uncertainty == "entropy_gap":
             uncertainty_loss = (_code_entropy(right_weight) - uncertainty_loss).abs()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import JSONWriter, get_event_storage
 
 from cbbl_d2.engine import CBBLTrainer
 from cbbl_d2.engine.hooks import BestCheckpointer
@@ -43,14 +46,9 @@ def train(cfg, output_dir, resume=False, interrupt_at=None):
     cfg.OUTPUT_DIR = str(output_dir)
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     # As default_setup does at the start of each process.
-    from detectron2.utils.env import seed_all_rng
-
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     trainer = CBBLTrainer(cfg)
     # Writes each iteration, after everything else: the default period of 20 compares too little.
-    from detectron2.engine import hooks
-    from detectron2.utils.events import JSONWriter
-
     trainer.register_hooks(
         [hooks.PeriodicWriter([JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))], period=1)]
     )
@@ -82,8 +80,6 @@ def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_pat
     tiny_cfg.merge_from_list(overrides)
     if tiny_cfg.SEED < 0:
         # The first part has to be the same run: copy it instead of making it twice.
-        import shutil
-
         train(tiny_cfg, tmp_path / "whole")
         shutil.copytree(tmp_path / "whole", tmp_path / "parts")
         (tmp_path / "parts" / "last_checkpoint").write_text("model_0000003.pth")
@@ -175,15 +171,11 @@ def test_best_model_survives_resuming(tiny_cfg, tmp_path, monkeypatch, dies_at):
     calls = []
 
     def test(cls, cfg, model):
-        calls.append(trainer_iter())
+        iteration = get_event_storage().iter
+        calls.append(iteration)
         if len(calls) == dies_at:
             raise Died
-        return {"bbox": {"AP": aps[trainer_iter()]}}
-
-    from detectron2.utils.events import get_event_storage
-
-    def trainer_iter():
-        return get_event_storage().iter
+        return {"bbox": {"AP": aps[iteration]}}
 
     monkeypatch.setattr(CBBLTrainer, "test", classmethod(test))
     tiny_cfg.merge_from_list(
