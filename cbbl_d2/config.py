@@ -10,13 +10,13 @@ from .errors import ConfigError
 
 def add_cbbl_config(cfg: CN) -> None:
     """
-    Add the keys of this project to a Detectron2 config, in place. The defaults of the grid are the
-    paper's for a Fast R-CNN head.
+    Add the keys of this project to a Detectron2 config, in place. The defaults of the grids of the
+    box head and of the RPN are the paper's.
 
-    Two keys of Detectron2 itself matter as much:
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT`` weighs the whole localisation loss, and
+    How strongly the localisation loss counts as a whole is said by Detectron2's own keys where it
+    has them: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT`` and ``MODEL.RPN.BBOX_REG_LOSS_WEIGHT``.
     ``MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG`` chooses between ``4 * (n + 1)`` and
-    ``K * 4 * (n + 1)`` outputs.
+    ``K * 4 * (n + 1)`` outputs of the box head.
     """
     _C = cfg
 
@@ -25,19 +25,7 @@ def add_cbbl_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------- #
     _C.MODEL.CBBL = CN()
 
-    # Half-width of the grid (alpha in the paper), > 0. The unit is that of the offsets AFTER the
-    # weights of the box transform, MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: with weights of 10, an
-    # alpha of 5 covers shifts of half the proposal's width. Offsets outside the grid are clamped
-    # to its ends; the share of them is logged as `cbbl/clipped_fraction`.
-    _C.MODEL.CBBL.ALPHA = 5.0
-
-    # How strongly the points crowd around zero offset (beta), >= 0. 0 is the uniform grid.
-    _C.MODEL.CBBL.BETA = 1.0
-
-    # Number of intervals (n), >= 2: the head has n + 1 logits per coordinate. With an odd n no
-    # point lies at zero: a perfect proposal then has the code (.5, .5), whose entropy is log 2.
-    # That is fine for "entropy_gap" and at odds with "entropy" below.
-    _C.MODEL.CBBL.NUM_INTERVALS = 5
+    # -- The loss, in every C-BBL part of the model
 
     # Target distribution of an offset. Options: "two_hot" (its two neighbours on the grid,
     # weighted such that the expectation is the offset), "one_hot" (the nearest point).
@@ -51,9 +39,85 @@ def add_cbbl_config(cfg: CN) -> None:
     # both, so that changing it keeps their balance.
     _C.MODEL.CBBL.UNCERTAINTY_WEIGHT = 0.1
 
+    # Weight of a GIoU loss on the decoded boxes relative to the cross entropy, >= 0. 0: no such
+    # loss (the paper). Generalized Focal Loss, which has one, weighs it 2 / (0.25 / 4) = 32.
+    _C.MODEL.CBBL.GIOU_WEIGHT = 0.0
+
+    # -- The grid of a Fast R-CNN box head (CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads)
+
+    # Half-width of the grid (alpha in the paper), > 0. The unit is that of the offsets AFTER the
+    # weights of the box transform, MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: with weights of 10, an
+    # alpha of 5 covers shifts of half the proposal's width. Offsets outside the grid are clamped
+    # to its ends; the share of them is logged as `cbbl/clipped_fraction`.
+    _C.MODEL.CBBL.ALPHA = 5.0
+
+    # How strongly the points crowd around zero offset (beta), >= 0. 0 is the uniform grid.
+    _C.MODEL.CBBL.BETA = 1.0
+
+    # Number of intervals (n), >= 2: the head has n + 1 logits per coordinate. With an odd n no
+    # point lies at zero: a perfect proposal then has the code (.5, .5), whose entropy is log 2.
+    # That is fine for "entropy_gap" and at odds with "entropy" above.
+    _C.MODEL.CBBL.NUM_INTERVALS = 5
+
     # Standard deviation of the distribution that an untrained head predicts, around zero offset
     # and in the unit of ALPHA, >= 0. 0 starts with the uniform distribution (the paper).
     _C.MODEL.CBBL.INIT_STD = 0.0
+
+    # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
+    # unit is that of the stage's own MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS.
+    _C.MODEL.CBBL.CASCADE = CN()
+    _C.MODEL.CBBL.CASCADE.ALPHA = ()
+    _C.MODEL.CBBL.CASCADE.BETA = ()
+    _C.MODEL.CBBL.CASCADE.NUM_INTERVALS = ()
+
+    # -- The grid of CBBLRPN (MODEL.PROPOSAL_GENERATOR.NAME), on offsets after
+    #    MODEL.RPN.BBOX_REG_WEIGHTS
+    _C.MODEL.CBBL.RPN = CN()
+    _C.MODEL.CBBL.RPN.ALPHA = 2.0
+    _C.MODEL.CBBL.RPN.BETA = 1.0
+    _C.MODEL.CBBL.RPN.NUM_INTERVALS = 10
+    _C.MODEL.CBBL.RPN.INIT_STD = 0.0
+
+    # -- The grid of CBBLRetinaNet (MODEL.META_ARCHITECTURE), on offsets after
+    #    MODEL.RETINANET.BBOX_REG_WEIGHTS. Its anchors are matched like those of an RPN.
+    _C.MODEL.CBBL.RETINANET = CN()
+    _C.MODEL.CBBL.RETINANET.ALPHA = 2.0
+    _C.MODEL.CBBL.RETINANET.BETA = 1.0
+    _C.MODEL.CBBL.RETINANET.NUM_INTERVALS = 10
+    _C.MODEL.CBBL.RETINANET.INIT_STD = 0.0
+    # Weight of the whole localisation loss, for which Detectron2's RetinaNet has no key
+    _C.MODEL.CBBL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+
+    # -- The one-sided grid [0, ALPHA] of CBBLFCOS (MODEL.META_ARCHITECTURE), on the distances to
+    #    the four sides in strides. A level is given the objects whose largest distance is up to 8
+    #    strides; on the last level it is unbounded and clamped to ALPHA.
+    _C.MODEL.CBBL.FCOS = CN()
+    _C.MODEL.CBBL.FCOS.ALPHA = 8.0
+    # Milder than elsewhere: with 1, half of the points would lie below half a stride.
+    _C.MODEL.CBBL.FCOS.BETA = 0.25
+    _C.MODEL.CBBL.FCOS.NUM_INTERVALS = 16
+    _C.MODEL.CBBL.FCOS.INIT_STD = 0.0
+    _C.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT = 1.0
+
+    # ---------------------------------------------------------------------------- #
+    # FCOS, which Detectron2 has without a YAML config (MODEL.META_ARCHITECTURE: ConfigurableFCOS,
+    # or CBBLFCOS). Meaning and defaults are those of its class and of its Lazy config.
+    # ---------------------------------------------------------------------------- #
+    _C.MODEL.FCOS = CN()
+    _C.MODEL.FCOS.NUM_CLASSES = 80
+    _C.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    _C.MODEL.FCOS.NUM_CONVS = 4
+    # Normalisation of these convolutions; see detectron2.layers.get_norm
+    _C.MODEL.FCOS.NORM = "GN"
+    _C.MODEL.FCOS.PRIOR_PROB = 0.01
+    # An object's points are those within this many strides of its centre.
+    _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    _C.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    _C.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # On sqrt(class score * centerness)
+    _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    _C.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     # ---------------------------------------------------------------------------- #
     # Solver
@@ -82,29 +146,57 @@ def check_cbbl_config(cfg: CN) -> None:
             "this config has no MODEL.CBBL: call cbbl_d2.add_cbbl_config(cfg) before merging files"
         )
     c = cfg.MODEL.CBBL
-
-    def require(key: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ConfigError(f"MODEL.CBBL.{key} = {c[key]!r}: must be {allowed}")
-
-    def is_number(key: str) -> bool:
-        value = c[key]
-        return (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    _require("LABEL", c.LABEL, c.LABEL in LABELS, f"one of {', '.join(LABELS)}")
+    _require(
+        "UNCERTAINTY",
+        c.UNCERTAINTY,
+        c.UNCERTAINTY in UNCERTAINTIES,
+        f"one of {', '.join(UNCERTAINTIES)}",
+    )
+    for key in ("UNCERTAINTY_WEIGHT", "GIOU_WEIGHT"):
+        _require(key, c[key], _is_number(c[key]) and c[key] >= 0, "a number >= 0")
+    for prefix, node in (
+        ("", c),
+        ("RPN.", c.RPN),
+        ("RETINANET.", c.RETINANET),
+        ("FCOS.", c.FCOS),
+    ):
+        for key, (ok, allowed) in _GRID_KEYS.items():
+            _require(prefix + key, node[key], ok(node[key]), allowed)
+        if "BBOX_REG_LOSS_WEIGHT" in node:
+            weight = node.BBOX_REG_LOSS_WEIGHT
+            _require(
+                f"{prefix}BBOX_REG_LOSS_WEIGHT",
+                weight,
+                _is_number(weight) and weight >= 0,
+                "a number >= 0",
+            )
+    num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    for key, values in c.CASCADE.items():
+        ok, allowed = _GRID_KEYS[key]
+        _require(
+            f"CASCADE.{key}",
+            values,
+            len(values) in (0, num_stages) and all(ok(value) for value in values),
+            f"() or {num_stages} values, one for each stage, each {allowed}",
         )
 
-    require("ALPHA", is_number("ALPHA") and c.ALPHA > 0, "a number > 0")
-    require("BETA", is_number("BETA") and c.BETA >= 0, "a number >= 0 (0: uniform grid)")
-    require(
-        "NUM_INTERVALS",
-        isinstance(c.NUM_INTERVALS, int) and c.NUM_INTERVALS >= 2,
+
+def _require(key: str, value, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"MODEL.CBBL.{key} = {value!r}: must be {allowed}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_GRID_KEYS = {
+    "ALPHA": (lambda v: _is_number(v) and v > 0, "a number > 0"),
+    "BETA": (lambda v: _is_number(v) and v >= 0, "a number >= 0 (0: uniform grid)"),
+    "NUM_INTERVALS": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2,
         "an integer >= 2",
-    )
-    require("LABEL", c.LABEL in LABELS, f"one of {', '.join(LABELS)}")
-    require("UNCERTAINTY", c.UNCERTAINTY in UNCERTAINTIES, f"one of {', '.join(UNCERTAINTIES)}")
-    require(
-        "UNCERTAINTY_WEIGHT",
-        is_number("UNCERTAINTY_WEIGHT") and c.UNCERTAINTY_WEIGHT >= 0,
-        "a number >= 0",
-    )
-    require("INIT_STD", is_number("INIT_STD") and c.INIT_STD >= 0, "a number >= 0 (0: uniform)")
+    ),
+    "INIT_STD": (lambda v: _is_number(v) and v >= 0, "a number >= 0 (0: uniform)"),
+}

@@ -1,7 +1,23 @@
 """C-BBL heads for Detectron2. Importing this package registers them."""
 
-from .box_regression import CBBLBox2BoxTransform
+from .box_regression import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 from .fast_rcnn import CBBLFastRCNNOutputLayers
-from .roi_heads import CBBLROIHeads
+from .fcos import CBBLFCOS, ConfigurableFCOS
+from .localization_loss import LocalizationLoss
+from .retinanet import CBBLRetinaNet
+from .roi_heads import CBBLCascadeROIHeads, CBBLRes5ROIHeads, CBBLROIHeads
+from .rpn import CBBLRPN
 
-__all__ = ["CBBLBox2BoxTransform", "CBBLFastRCNNOutputLayers", "CBBLROIHeads"]
+__all__ = [
+    "CBBLBox2BoxTransform",
+    "CBBLBox2BoxTransformLinear",
+    "CBBLCascadeROIHeads",
+    "CBBLFCOS",
+    "CBBLFastRCNNOutputLayers",
+    "CBBLROIHeads",
+    "CBBLRPN",
+    "CBBLRes5ROIHeads",
+    "CBBLRetinaNet",
+    "ConfigurableFCOS",
+    "LocalizationLoss",
+]

@@ -3,13 +3,63 @@
 from typing import Tuple
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
-from cbbl_d2.distribution import expectation, exponential_grid
-from cbbl_d2.errors import ConfigError
+from cbbl_d2.distribution import expectation
+
+"""
+Shape shorthand in this module:
+
+    R: number of boxes
+    B: number of grid points
+    k: number of boxes decoded from each source box, >= 1 (the classes of a class-specific head)
+
+Naming convention:
+
+    logits: shape (R, k * 4 * B), coordinate-major: the B logits of a coordinate are adjacent
+"""
 
 
-class CBBLBox2BoxTransform(Box2BoxTransform):
+class _GridDecoder:
+    """What the two transforms below share: the grid, and offsets from logits."""
+
+    grid: torch.Tensor
+
+    @property
+    def num_points(self) -> int:
+        """``B``, the number of logits per coordinate."""
+        return self.grid.numel()
+
+    def grid_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The grid on the device of ``tensor``. The transform is no module, so ``model.to()``
+        does not move it."""
+        if self.grid.device != tensor.device:
+            self.grid = self.grid.to(tensor.device)
+        return self.grid
+
+    def decode_offsets(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: shape ``(R, k * 4 * B)``.
+
+        Returns:
+            Tensor: expected offsets, shape ``(R, k * 4)``, float32.
+
+        Raises:
+            ValueError: if the logits are not a multiple of ``4 * B`` wide.
+        """
+        num_regions, width = logits.shape
+        if width % (4 * self.num_points) != 0:
+            raise ValueError(
+                f"logits of width {width} do not fit a grid of {self.num_points} points: "
+                f"need a multiple of {4 * self.num_points}"
+            )
+        # Explicit sizes: -1 is ambiguous for zero regions.
+        logits = logits.reshape(num_regions, width // self.num_points, self.num_points)
+        return expectation(logits, self.grid_like(logits))
+
+
+class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     """
     Detectron2's ``(dx, dy, dw, dh)`` transform whose "deltas" to apply are logits over a grid of
     offsets. :meth:`get_deltas` is inherited and returns offsets as floats; only decoding differs.
@@ -27,44 +77,15 @@ class CBBLBox2BoxTransform(Box2BoxTransform):
             grid: shape ``(B,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
             kwargs: passed to ``Box2BoxTransform`` (``scale_clamp``).
         """
-        super().__init__(weights=weights, **kwargs)
+        Box2BoxTransform.__init__(self, weights=weights, **kwargs)
         self.grid = grid
-
-    @classmethod
-    def from_config(cls, cfg, weights: Tuple[float, float, float, float]):
-        """
-        Args:
-            weights: of the head that asks, e.g. ``cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``.
-
-        Raises:
-            ConfigError: if the keys of the grid do not make a grid.
-        """
-        c = cfg.MODEL.CBBL
-        try:
-            grid = exponential_grid(c.ALPHA, c.BETA, c.NUM_INTERVALS)
-        except ValueError as e:
-            raise ConfigError(f"MODEL.CBBL.{{ALPHA,BETA,NUM_INTERVALS}}: {e}") from e
-        return cls(weights=weights, grid=grid)
-
-    @property
-    def num_points(self) -> int:
-        """``B``, the number of logits per coordinate."""
-        return self.grid.numel()
-
-    def grid_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The grid on the device of ``tensor``. The transform is no module, so ``model.to()``
-        does not move it."""
-        if self.grid.device != tensor.device:
-            self.grid = self.grid.to(tensor.device)
-        return self.grid
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
         Decode by expectation, then transform.
 
         Args:
-            deltas: logits of shape ``(R, k * 4 * B)``, coordinate-major: the B logits of a
-                coordinate are adjacent. ``k >= 1`` boxes per source box.
+            deltas: logits of shape ``(R, k * 4 * B)``.
             boxes: shape ``(R, 4)``, absolute XYXY.
 
         Returns:
@@ -73,12 +94,35 @@ class CBBLBox2BoxTransform(Box2BoxTransform):
         Raises:
             ValueError: if the logits are not a multiple of ``4 * B`` wide.
         """
-        num_regions, width = deltas.shape
-        if width % (4 * self.num_points) != 0:
+        return super().apply_deltas(self.decode_offsets(deltas), boxes)
+
+
+class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
+    """
+    The same for Detectron2's linear transform of FCOS: the offsets are the distances from a point
+    to the left, top, right and bottom side, in strides, and never negative. The grid is one-sided.
+
+    Attributes:
+        grid (Tensor): shape ``(B,)``, from 0 up; in strides.
+    """
+
+    def __init__(self, grid: torch.Tensor, normalize_by_size: bool = True) -> None:
+        """
+        Args:
+            grid: shape ``(B,)``, see :func:`cbbl_d2.distribution.exponential_grid` with
+                ``one_sided=True``.
+            normalize_by_size: as in ``Box2BoxTransformLinear``.
+
+        Raises:
+            ValueError: if the grid has negative points: half of it would never be a target.
+        """
+        super().__init__(normalize_by_size=normalize_by_size)
+        if grid[0] < 0:
             raise ValueError(
-                f"logits of width {width} do not fit a grid of {self.num_points} points: "
-                f"need a multiple of {4 * self.num_points}"
+                f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
-        # Explicit sizes: -1 is ambiguous for zero regions.
-        logits = deltas.reshape(num_regions, width // self.num_points, self.num_points)
-        return super().apply_deltas(expectation(logits, self.grid_like(logits)), boxes)
+        self.grid = grid
+
+    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """As :meth:`CBBLBox2BoxTransform.apply_deltas`."""
+        return super().apply_deltas(self.decode_offsets(deltas), boxes)

@@ -1,22 +1,17 @@
 """The last layers of a Fast R-CNN head, with C-BBL in the place of box regression."""
 
-import logging
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
-from detectron2.utils.logger import log_first_n
-from torch import nn
-
-from cbbl_d2.config import check_cbbl_config
-from cbbl_d2.distribution import cbbl_loss, gaussian_logits
 
 from .box_regression import CBBLBox2BoxTransform
-from .monitoring import log_localization_stats
+from .build import build_grid, build_localization_loss
+from .localization_loss import LocalizationLoss
+from .output_layer import distribution_layer
 
 """
 Shape shorthand in this module:
@@ -26,6 +21,7 @@ Shape shorthand in this module:
     Ri: number of ROIs in image i
     K: number of foreground classes
     B: number of grid points, MODEL.CBBL.NUM_INTERVALS + 1
+    T: number of terms of the localisation loss, see LocalizationLoss
 
 Naming convention:
 
@@ -48,9 +44,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         input_shape: ShapeSpec,
         *,
         box2box_transform: CBBLBox2BoxTransform,
-        label: str = "two_hot",
-        uncertainty: str = "entropy_gap",
-        uncertainty_weight: float = 0.1,
+        localization_loss: Optional[LocalizationLoss] = None,
         init_std: float = 0.0,
         **kwargs,
     ):
@@ -58,54 +52,39 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         Args:
             input_shape: shape of the input feature to this module.
             box2box_transform: holds the grid.
-            label, uncertainty: see :func:`cbbl_d2.distribution.cbbl_loss`.
-            uncertainty_weight: weight of the uncertainty loss relative to the cross entropy.
+            localization_loss: None: that of the paper's first version, the class's defaults.
             init_std: width of the distribution that the untrained layer predicts, see
                 :func:`cbbl_d2.distribution.gaussian_logits`; 0: the uniform distribution.
             kwargs: passed to ``FastRCNNOutputLayers``. Its ``box_reg_loss_type`` and
                 ``smooth_l1_beta`` have no effect here.
         """
         super().__init__(input_shape, box2box_transform=box2box_transform, **kwargs)
-        self.label = label
-        self.uncertainty = uncertainty
-        self.uncertainty_weight = uncertainty_weight
-
-        # super() made the stock layer; ours is B times as wide, and starts alike.
-        num_coordinates = self.bbox_pred.out_features
-        num_points = box2box_transform.num_points
-        self.bbox_pred = nn.Linear(self.bbox_pred.in_features, num_coordinates * num_points)
-        nn.init.normal_(self.bbox_pred.weight, std=0.001)
-        nn.init.constant_(self.bbox_pred.bias, 0)
-        if init_std > 0:
-            bias = gaussian_logits(box2box_transform.grid, init_std)
-            self.bbox_pred.bias.data.copy_(bias.repeat(num_coordinates))
+        self.localization_loss = localization_loss or LocalizationLoss()
+        self.bbox_pred = distribution_layer(
+            self.bbox_pred, box2box_transform.grid, weight_std=0.001, init_std=init_std
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        check_cbbl_config(cfg)
-        c = cfg.MODEL.CBBL
         return {
             **super().from_config(cfg, input_shape),
-            "box2box_transform": CBBLBox2BoxTransform.from_config(
-                cfg, weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+            "box2box_transform": CBBLBox2BoxTransform(
+                weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS, grid=build_grid(cfg)
             ),
-            "label": c.LABEL,
-            "uncertainty": c.UNCERTAINTY,
-            "uncertainty_weight": c.UNCERTAINTY_WEIGHT,
-            "init_std": c.INIT_STD,
+            "localization_loss": build_localization_loss(cfg),
+            "init_std": cfg.MODEL.CBBL.INIT_STD,
         }
 
     def losses(self, predictions, proposals) -> Dict[str, torch.Tensor]:
         """
-        As in the base class, with ``loss_box_uncertainty`` beside ``loss_cls`` and
-        ``loss_box_reg``, unless the uncertainty is "none".
+        As in the base class, with ``loss_box_uncertainty`` (unless the uncertainty is "none") and
+        ``loss_box_giou`` (if it has a weight) beside ``loss_cls`` and ``loss_box_reg``.
         """
         losses = super().losses(predictions, proposals)
-        # box_reg_loss() hands over both parts at once; super() has applied the weight of
-        # "loss_box_reg" to both.
-        losses["loss_box_reg"], uncertainty = losses["loss_box_reg"].unbind()
-        if self.uncertainty != "none":
-            losses["loss_box_uncertainty"] = uncertainty * self.uncertainty_weight
+        # box_reg_loss() hands over all terms at once; super() has applied the weight of
+        # "loss_box_reg" to all of them.
+        terms = losses.pop("loss_box_reg")
+        losses.update(self.localization_loss.named(terms, "loss_box_reg", "loss_box"))
         return losses
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes) -> torch.Tensor:
@@ -116,32 +95,17 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             gt_classes: shape ``(R,)``, in ``[0, K]``; K is background.
 
         Returns:
-            Tensor: shape ``(2,)``: cross entropy and uncertainty, summed over the coordinates of
-            the foreground ROIs and divided by R, as the base class normalises its loss.
+            Tensor: shape ``(T,)``: the terms of the loss, summed over the coordinates of the
+            foreground ROIs and divided by R, as the base class normalises its loss.
         """
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
-        logits = self._foreground_logits(pred_deltas, foreground, gt_classes)
-        offsets = self.box2box_transform.get_deltas(
-            proposal_boxes[foreground], gt_boxes[foreground]
+        terms = self.localization_loss(
+            self.box2box_transform,
+            self._foreground_logits(pred_deltas, foreground, gt_classes),
+            proposal_boxes[foreground],
+            gt_boxes[foreground],
         )
-        finite = torch.isfinite(offsets).all(dim=1)
-        if not finite.all():
-            # A broken box must neither become an index nor poison the mean of the others.
-            get_event_storage().put_scalar("cbbl/nonfinite_targets", int((~finite).sum()))
-            log_first_n(
-                logging.WARNING,
-                "C-BBL leaves out targets that are not finite: some annotated boxes are NaN, "
-                "infinite or of no size. The count is logged as cbbl/nonfinite_targets.",
-                name=__name__,
-            )
-            logits, offsets = logits[finite], offsets[finite]
-
-        grid = self.box2box_transform.grid_like(logits)
-        log_localization_stats(logits, offsets, grid, self.label)
-        losses = cbbl_loss(
-            logits, offsets, grid, uncertainty=self.uncertainty, label=self.label, reduction="sum"
-        )
-        return torch.stack(losses) / max(gt_classes.numel(), 1.0)
+        return terms / max(gt_classes.numel(), 1.0)
 
     def inference(self, predictions: Tuple[torch.Tensor, torch.Tensor], proposals: List[Instances]):
         """
@@ -170,11 +134,11 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         return logits.shape[1] == 4 * self.box2box_transform.num_points
 
     def _foreground_logits(self, logits, foreground, gt_classes) -> torch.Tensor:
-        """The logits that the loss sees, shape ``(Rf, 4, B)``: those of the true class."""
-        num_points = self.box2box_transform.num_points
+        """The logits that the loss sees, shape ``(Rf, 4 * B)``: those of the true class."""
         if self._is_class_agnostic(logits):
-            return logits[foreground].view(len(foreground), 4, num_points)
-        logits = logits.view(len(logits), self.num_classes, 4, num_points)
+            return logits[foreground]
+        num_logits = 4 * self.box2box_transform.num_points
+        logits = logits.view(len(logits), self.num_classes, num_logits)
         return logits[foreground, gt_classes[foreground]]
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """What a user should watch while a C-BBL head trains."""
 
+from typing import Optional
+
 import torch
 from detectron2.utils.events import get_event_storage
 
@@ -13,12 +15,13 @@ def log_localization_stats(
     grid: torch.Tensor,
     label: str = "two_hot",
     prefix: str = "cbbl",
+    entropy_gap: Optional[torch.Tensor] = None,
 ) -> None:
     """
     Put into the event storage, as means over all coordinates:
 
     * ``clipped_fraction``: share of the targets outside the grid. More than a few percent: the
-      grid is too narrow, raise ``MODEL.CBBL.ALPHA``.
+      grid is too narrow, raise the ``ALPHA`` of that head.
     * ``entropy_gap``: ``|H(p*) - H(p)|`` in nats; how much more (or less) certain the head is
       than its label.
     * ``offset_l1``: ``|decoded - target|`` in the unit of the grid; what Smooth-L1 would see.
@@ -31,17 +34,20 @@ def log_localization_stats(
         offsets: finite targets, shape ``(R, 4)``.
         grid: shape ``(B,)``.
         label: as for :func:`cbbl_d2.distribution.cbbl_loss`.
+        prefix: of the names in the storage.
+        entropy_gap: shape ``(R, 4)``, if the caller has computed it already.
     """
     if offsets.numel() == 0:
         return
     outside = (offsets < grid[0]) | (offsets > grid[-1])
-    _, gap = cbbl_loss(
-        logits, offsets, grid, uncertainty="entropy_gap", reduction="none", label=label
-    )
+    if entropy_gap is None:
+        _, entropy_gap = cbbl_loss(
+            logits, offsets, grid, uncertainty="entropy_gap", reduction="none", label=label
+        )
     stats = torch.stack(
         (
             outside.float().mean(),
-            gap.mean(),
+            entropy_gap.mean(),
             (expectation(logits, grid) - offsets).abs().mean(),
         )
     ).tolist()  # one transfer from the device for all three

@@ -1,19 +1,67 @@
-"""ROI heads whose box predictor is C-BBL."""
+"""ROI heads whose box predictors are C-BBL."""
 
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
 
+from .box_regression import CBBLBox2BoxTransform
+from .build import build_cascade_grids
 from .fast_rcnn import CBBLFastRCNNOutputLayers
 
 
 @ROI_HEADS_REGISTRY.register()
 class CBBLROIHeads(StandardROIHeads):
     """
-    Detectron2's ``StandardROIHeads`` (Faster R-CNN with FPN) with a C-BBL box predictor. Use it
-    with ``MODEL.ROI_HEADS.NAME: CBBLROIHeads``.
+    Detectron2's ``StandardROIHeads`` (Faster, Mask and Keypoint R-CNN with FPN) with a C-BBL box
+    predictor. Use it with ``MODEL.ROI_HEADS.NAME: CBBLROIHeads``.
     """
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictor"] = CBBLFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class CBBLCascadeROIHeads(CascadeROIHeads):
+    """
+    Detectron2's ``CascadeROIHeads`` with a C-BBL box predictor in every stage. The stages may have
+    different grids, see ``MODEL.CBBL.CASCADE``. Each grid applies to the offsets after the weights
+    of its stage, which grow from stage to stage as the offsets shrink, so that one grid suits all.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictors"] = [
+            CBBLFastRCNNOutputLayers(
+                cfg,
+                box_head.output_shape,
+                box2box_transform=CBBLBox2BoxTransform(weights=weights, grid=grid),
+            )
+            for box_head, weights, grid in zip(
+                ret["box_heads"],
+                cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS,
+                build_cascade_grids(cfg),
+            )
+        ]
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class CBBLRes5ROIHeads(Res5ROIHeads):
+    """Detectron2's ``Res5ROIHeads`` (the C4 models, without FPN) with a C-BBL box predictor."""
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        channels = ret["box_predictor"].cls_score.in_features
+        ret["box_predictor"] = CBBLFastRCNNOutputLayers(
+            cfg, ShapeSpec(channels=channels, height=1, width=1)
+        )
         return ret

@@ -9,20 +9,24 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
-from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers
+from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers, LocalizationLoss
 
 K, B = 3, 6
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 GRID = exponential_grid(5.0, 1.0, B - 1)
 
 
-def head(**kwargs):
+def head(cls_agnostic_bbox_reg=True, test_score_thresh=0.05, init_std=0.0, loss_weight=1.0, **loss):
     torch.manual_seed(0)
-    arguments = {"cls_agnostic_bbox_reg": True, "num_classes": K, "test_score_thresh": 0.05}
     return CBBLFastRCNNOutputLayers(
         ShapeSpec(channels=16),
         box2box_transform=CBBLBox2BoxTransform(WEIGHTS, GRID),
-        **{**arguments, **kwargs},
+        localization_loss=LocalizationLoss(**loss),
+        num_classes=K,
+        cls_agnostic_bbox_reg=cls_agnostic_bbox_reg,
+        test_score_thresh=test_score_thresh,
+        init_std=init_std,
+        loss_weight=loss_weight,
     )
 
 

@@ -1,0 +1,193 @@
+"""FCOS from a YAML config, stock and with localisation by C-BBL."""
+
+from typing import Dict, Optional
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import Boxes, Instances
+
+from .box_regression import CBBLBox2BoxTransformLinear
+from .build import build_grid, build_localization_loss
+from .localization_loss import LocalizationLoss
+from .output_layer import distribution_layer
+
+"""
+Shape shorthand in this module:
+
+    N: number of images
+    A: number of points ("anchors" as large as a stride) on one feature level
+    B: number of grid points, MODEL.CBBL.FCOS.NUM_INTERVALS + 1
+"""
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_fpn_p5_backbone(cfg, input_shape):
+    """
+    As Detectron2's ``build_retinanet_resnet_fpn_backbone``, with P6 computed from P5 instead of
+    C5, as FCOS does (:paper:`fcos`) and Detectron2's Lazy config of it.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+@META_ARCH_REGISTRY.register()
+class ConfigurableFCOS(FCOS):
+    """
+    Detectron2's ``FCOS``, which has no YAML config, built from the keys of ``MODEL.FCOS``. Use it
+    with ``MODEL.META_ARCHITECTURE: ConfigurableFCOS``.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: passed to ``FCOS``.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg):
+        c = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        input_shape = [shapes[name] for name in c.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": FCOSHead(
+                input_shape=input_shape,
+                num_classes=c.NUM_CLASSES,
+                conv_dims=[input_shape[0].channels] * c.NUM_CONVS,
+                norm=_norm(c.NORM),
+                prior_prob=c.PRIOR_PROB,
+            ),
+            "head_in_features": c.IN_FEATURES,
+            "num_classes": c.NUM_CLASSES,
+            "center_sampling_radius": c.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": c.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": c.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": c.SCORE_THRESH_TEST,
+            "test_topk_candidates": c.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": c.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @torch.no_grad()
+    def label_anchors(self, anchors, gt_instances):
+        """As in the base class, which in Detectron2 v0.6 fails for an image without objects."""
+        return super().label_anchors(
+            anchors, [x if len(x) > 0 else _one_that_matches_nothing(x) for x in gt_instances]
+        )
+
+
+@META_ARCH_REGISTRY.register()
+class CBBLFCOS(ConfigurableFCOS):
+    """
+    Detectron2's ``FCOS`` that predicts, for each of the four distances of a point to the sides of
+    its box, a distribution over a one-sided grid. C-BBL replaces the GIoU loss; centerness is
+    unchanged. Use it with ``MODEL.META_ARCHITECTURE: CBBLFCOS``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: torch.nn.Module,
+        box2box_transform: CBBLBox2BoxTransformLinear,
+        localization_loss: Optional[LocalizationLoss] = None,
+        box_reg_loss_weight: float = 1.0,
+        init_std: float = 0.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: its layer ``bbox_pred``, made for 4 numbers per point, is replaced.
+            box2box_transform: holds the grid.
+            localization_loss: None: that of the paper's first version, the class's defaults.
+            box_reg_loss_weight: of all terms of the localisation loss.
+            init_std: see :class:`CBBLFastRCNNOutputLayers`; here around the distance 0.
+            kwargs: passed to ``FCOS``.
+        """
+        super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
+        self.localization_loss = localization_loss or LocalizationLoss()
+        self.box_reg_loss_weight = box_reg_loss_weight
+        head.bbox_pred = distribution_layer(
+            head.bbox_pred, box2box_transform.grid, weight_std=0.01, init_std=init_std
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        c = cfg.MODEL.CBBL.FCOS
+        return {
+            **super().from_config(cfg),
+            "box2box_transform": CBBLBox2BoxTransformLinear(build_grid(cfg, "FCOS")),
+            "localization_loss": build_localization_loss(cfg),
+            "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
+            "init_std": c.INIT_STD,
+        }
+
+    def _transpose_dense_predictions(self, predictions, dims_per_anchor):
+        num_classes, box_dim, centerness = dims_per_anchor
+        return super()._transpose_dense_predictions(
+            predictions, [num_classes, box_dim * self.box2box_transform.num_points, centerness]
+        )
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ) -> Dict[str, torch.Tensor]:
+        """
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        ``loss_fcos_uncertainty`` and ``loss_fcos_giou`` may stand beside ``loss_fcos_cls``,
+        ``loss_fcos_loc`` and ``loss_fcos_ctr``.
+        """
+        # super() decodes what it gets into boxes for its GIoU loss, which is replaced below.
+        # Zero logits always decode to proper boxes, in float32 under autocast as well.
+        stand_ins = [torch.zeros_like(x, dtype=torch.float32) for x in pred_anchor_deltas]
+        losses = super().losses(
+            anchors, pred_logits, gt_labels, stand_ins, gt_boxes, pred_centerness
+        )
+        labels = torch.stack(gt_labels)
+        terms = self.localization_loss.dense(
+            self.box2box_transform,
+            pred_anchor_deltas,
+            anchors,
+            [boxes.tensor if isinstance(boxes, Boxes) else boxes for boxes in gt_boxes],
+            foreground=(labels >= 0) & (labels != self.num_classes),
+        )
+        # super() has just brought its moving average of the number of positives up to date.
+        terms = terms / self.loss_normalizer * self.box_reg_loss_weight
+        losses.update(self.localization_loss.named(terms, "loss_fcos_loc", "loss_fcos"))
+        return losses
+
+
+def _one_that_matches_nothing(image: Instances) -> Instances:
+    """A box without inside: no point lies in it, so that all become background."""
+    device = image.gt_boxes.device
+    return Instances(
+        image.image_size,
+        gt_boxes=Boxes(torch.zeros(1, 4, device=device)),
+        gt_classes=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def _norm(name: str):
+    """
+    Detectron2 v0.6 tries the normalisation of its dense heads on one channel, which GN refuses: it
+    has 32 groups.
+    """
+    if name != "GN":
+        return name
+    return lambda channels: get_norm("GN" if channels > 1 else "", channels)

@@ -1,0 +1,46 @@
+"""The layer that predicts distributions in the place of one that predicts offsets."""
+
+import torch
+from torch import nn
+
+from cbbl_d2.distribution import gaussian_logits
+
+
+def distribution_layer(
+    layer: nn.Module, grid: torch.Tensor, *, weight_std: float, init_std: float = 0.0
+) -> nn.Module:
+    """
+    A new layer with B outputs, the logits of the grid points, where ``layer`` has one, an offset.
+    The B logits of a coordinate are adjacent.
+
+    Args:
+        layer: ``nn.Linear`` or ``nn.Conv2d``, the last one of a box regression branch.
+        grid: shape ``(B,)``.
+        weight_std: standard deviation of the initial weights; that of the stock layer, so that
+            both start alike.
+        init_std: width of the distribution that the untrained layer predicts, see
+            :func:`cbbl_d2.distribution.gaussian_logits`; 0: the uniform distribution.
+
+    Raises:
+        TypeError: another kind of layer.
+    """
+    num_points = grid.numel()
+    if isinstance(layer, nn.Linear):
+        num_coordinates = layer.out_features
+        new = nn.Linear(layer.in_features, num_coordinates * num_points)
+    elif isinstance(layer, nn.Conv2d):
+        num_coordinates = layer.out_channels
+        new = nn.Conv2d(
+            layer.in_channels,
+            num_coordinates * num_points,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+        )
+    else:
+        raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
+    nn.init.normal_(new.weight, std=weight_std)
+    nn.init.constant_(new.bias, 0)
+    if init_std > 0:
+        new.bias.data.copy_(gaussian_logits(grid, init_std).repeat(num_coordinates))
+    return new

@@ -1,0 +1,103 @@
+"""RetinaNet that localises by C-BBL."""
+
+from typing import Dict, Optional
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import RetinaNet
+
+from .box_regression import CBBLBox2BoxTransform
+from .build import build_grid, build_localization_loss
+from .localization_loss import LocalizationLoss
+from .output_layer import distribution_layer
+
+"""
+Shape shorthand in this module:
+
+    N: number of images
+    A: number of anchors on one feature level
+    B: number of grid points, MODEL.CBBL.RETINANET.NUM_INTERVALS + 1
+"""
+
+
+@META_ARCH_REGISTRY.register()
+class CBBLRetinaNet(RetinaNet):
+    """
+    Detectron2's ``RetinaNet`` that predicts, for each coordinate of a box, a distribution over a
+    grid of offsets. Use it with ``MODEL.META_ARCHITECTURE: CBBLRetinaNet``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: torch.nn.Module,
+        box2box_transform: CBBLBox2BoxTransform,
+        localization_loss: Optional[LocalizationLoss] = None,
+        box_reg_loss_weight: float = 1.0,
+        init_std: float = 0.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: its layer ``bbox_pred``, made for 4 numbers per anchor, is replaced.
+            box2box_transform: holds the grid.
+            localization_loss: None: that of the paper's first version, the class's defaults.
+            box_reg_loss_weight: of all terms of the localisation loss.
+            init_std: see :class:`CBBLFastRCNNOutputLayers`.
+            kwargs: passed to ``RetinaNet``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have
+                no effect here.
+        """
+        kwargs["box_reg_loss_type"] = "smooth_l1"  # of the stand-ins in losses()
+        super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
+        self.localization_loss = localization_loss or LocalizationLoss()
+        self.box_reg_loss_weight = box_reg_loss_weight
+        head.bbox_pred = distribution_layer(
+            head.bbox_pred, box2box_transform.grid, weight_std=0.01, init_std=init_std
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        c = cfg.MODEL.CBBL.RETINANET
+        return {
+            **super().from_config(cfg),
+            "box2box_transform": CBBLBox2BoxTransform(
+                weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS, grid=build_grid(cfg, "RETINANET")
+            ),
+            "localization_loss": build_localization_loss(cfg),
+            "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
+            "init_std": c.INIT_STD,
+        }
+
+    def _transpose_dense_predictions(self, predictions, dims_per_anchor):
+        num_classes, box_dim = dims_per_anchor
+        return super()._transpose_dense_predictions(
+            predictions, [num_classes, box_dim * self.box2box_transform.num_points]
+        )
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes
+    ) -> Dict[str, torch.Tensor]:
+        """
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        ``loss_box_uncertainty`` and ``loss_box_giou`` may stand beside ``loss_cls`` and
+        ``loss_box_reg``.
+        """
+        # What super() computes from the stand-ins for the offsets is replaced below.
+        stand_ins = [
+            x.new_zeros((*x.shape[:2], 4), dtype=torch.float32) for x in pred_anchor_deltas
+        ]
+        losses = super().losses(anchors, pred_logits, gt_labels, stand_ins, gt_boxes)
+        labels = torch.stack(gt_labels)
+        terms = self.localization_loss.dense(
+            self.box2box_transform,
+            pred_anchor_deltas,
+            anchors,
+            gt_boxes,
+            foreground=(labels >= 0) & (labels != self.num_classes),
+        )
+        # super() has just brought its moving average of the number of positives up to date.
+        terms = terms / self.loss_normalizer * self.box_reg_loss_weight
+        losses.update(self.localization_loss.named(terms, "loss_box_reg", "loss_box"))
+        return losses

@@ -1,0 +1,149 @@
+"""A region proposal network that localises by C-BBL."""
+
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.structures import Boxes, Instances
+
+from .box_regression import CBBLBox2BoxTransform
+from .build import build_grid, build_localization_loss
+from .localization_loss import LocalizationLoss
+from .output_layer import distribution_layer
+
+"""
+Shape shorthand in this module:
+
+    N: number of images
+    A: number of anchors on one feature level
+    B: number of grid points, MODEL.CBBL.RPN.NUM_INTERVALS + 1
+"""
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class CBBLRPN(RPN):
+    """
+    Detectron2's ``RPN`` that predicts, for each coordinate of a proposal, a distribution over a
+    grid of offsets. Objectness, matching and sampling are Detectron2's own. Use it with
+    ``MODEL.PROPOSAL_GENERATOR.NAME: CBBLRPN``, with any ROI heads.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: torch.nn.Module,
+        anchor_generator: torch.nn.Module,
+        box2box_transform: CBBLBox2BoxTransform,
+        localization_loss: Optional[LocalizationLoss] = None,
+        init_std: float = 0.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: its layer ``anchor_deltas``, made for 4 numbers per anchor, is replaced.
+            anchor_generator: its ``box_dim`` becomes ``4 * B``: the base class reshapes the
+                predictions by it.
+            box2box_transform: holds the grid.
+            localization_loss: None: that of the paper's first version, the class's defaults.
+            init_std: see :class:`CBBLFastRCNNOutputLayers`.
+            kwargs: passed to ``RPN``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have no
+                effect here.
+        """
+        kwargs["box_reg_loss_type"] = "smooth_l1"  # of the stand-ins in losses()
+        super().__init__(
+            head=head,
+            anchor_generator=anchor_generator,
+            box2box_transform=box2box_transform,
+            **kwargs,
+        )
+        self.localization_loss = localization_loss or LocalizationLoss()
+        anchor_generator.box_dim = 4 * box2box_transform.num_points
+        head.anchor_deltas = distribution_layer(
+            head.anchor_deltas, box2box_transform.grid, weight_std=0.01, init_std=init_std
+        )
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return {
+            **super().from_config(cfg, input_shape),
+            "box2box_transform": CBBLBox2BoxTransform(
+                weights=cfg.MODEL.RPN.BBOX_REG_WEIGHTS, grid=build_grid(cfg, "RPN")
+            ),
+            "localization_loss": build_localization_loss(cfg),
+            "init_std": cfg.MODEL.CBBL.RPN.INIT_STD,
+        }
+
+    @torch.jit.unused
+    def losses(
+        self,
+        anchors: List[Boxes],
+        pred_objectness_logits: List[torch.Tensor],
+        gt_labels: List[torch.Tensor],
+        pred_anchor_deltas: List[torch.Tensor],
+        gt_boxes: List[torch.Tensor],
+    ) -> Dict[str, torch.Tensor]:
+        """
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        ``loss_rpn_uncertainty`` and ``loss_rpn_giou`` may stand beside ``loss_rpn_cls`` and
+        ``loss_rpn_loc``.
+        """
+        # What super() computes from the stand-ins for the offsets is replaced below.
+        stand_ins = [
+            x.new_zeros((*x.shape[:2], 4), dtype=torch.float32) for x in pred_anchor_deltas
+        ]
+        losses = super().losses(anchors, pred_objectness_logits, gt_labels, stand_ins, gt_boxes)
+        terms = self.localization_loss.dense(
+            self.box2box_transform,
+            pred_anchor_deltas,
+            anchors,
+            gt_boxes,
+            foreground=torch.stack(gt_labels) == 1,
+            prefix="rpn/cbbl",
+        )
+        terms = terms / (self.batch_size_per_image * len(gt_labels))  # as super() normalises
+        terms = terms * self.loss_weight.get("loss_rpn_loc", 1.0)
+        losses.update(self.localization_loss.named(terms, "loss_rpn_loc", "loss_rpn"))
+        return losses
+
+    @torch.no_grad()
+    def predict_proposals(
+        self,
+        anchors: List[Boxes],
+        pred_objectness_logits: List[torch.Tensor],
+        pred_anchor_deltas: List[torch.Tensor],
+        image_sizes: List[Tuple[int, int]],
+    ) -> List[Instances]:
+        """
+        As in the base class, but only the proposals of the highest objectness, which it would
+        select after decoding all, are decoded.
+        """
+        pre_nms_topk = self.pre_nms_topk[self.training]
+        scores, proposals = [], []
+        for anchors_l, scores_l, logits_l in zip(
+            anchors, pred_objectness_logits, pred_anchor_deltas
+        ):
+            num_anchors = scores_l.shape[1]
+            if isinstance(num_anchors, torch.Tensor):  # in tracing
+                num_kept = torch.clamp(num_anchors, max=pre_nms_topk)
+            else:
+                num_kept = min(num_anchors, pre_nms_topk)
+            scores_l, kept = scores_l.topk(num_kept, dim=1)  # (N, num_kept)
+            logits_l = torch.take_along_dim(logits_l, kept[:, :, None], dim=1)
+            boxes = self.box2box_transform.apply_deltas(
+                logits_l.flatten(0, 1), anchors_l.tensor[kept.flatten()]
+            )
+            scores.append(scores_l)
+            proposals.append(boxes.unflatten(0, kept.shape))
+        return find_top_rpn_proposals(
+            proposals,
+            scores,
+            image_sizes,
+            self.nms_thresh,
+            pre_nms_topk,
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+            self.training,
+        )
