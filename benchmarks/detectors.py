@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""
+What C-BBL costs in each detector: a training step, an inference and the parameters, against the
+stock twin measured in the same run, alternating.
+
+    python benchmarks/detectors.py
+    python benchmarks/detectors.py --pairs configs/SmallShapes/{smooth_l1,cbbl}.yaml
+
+Each model trains on one batch of its own config's data. Prints a Markdown table with the median of
+the ratios C-BBL / stock and their range.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+from typing import Dict, List, Tuple
+
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
+import torch
+import tqdm
+from detectron2.modeling import build_model
+from head import inference, seconds, train_step
+
+from cbbl_d2.data.train_loader import ResumableTrainLoader
+from cbbl_d2.engine import load_config, one_line_errors
+from cbbl_d2.errors import UserError
+
+CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "SmallShapes")
+PAIRS = (
+    ("smooth_l1", "cbbl"),
+    ("smooth_l1", "cbbl_rpn"),
+    ("smooth_l1_cascade_rcnn", "cbbl_cascade_rcnn"),
+    ("smooth_l1_retinanet", "cbbl_retinanet"),
+    ("giou_fcos", "cbbl_fcos"),
+    ("smooth_l1_mask_rcnn", "cbbl_mask_rcnn"),
+    ("smooth_l1_keypoint_rcnn", "cbbl_keypoint_rcnn"),
+)
+
+
+def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
+    cfg = load_config(config_file, ["SEED", "1"])
+    torch.manual_seed(1)
+    return build_model(cfg), next(iter(ResumableTrainLoader(cfg)))
+
+
+def compare(stock: str, cbbl: str, rounds: int) -> str:
+    """A row of the table."""
+    models = {name: make_model(name) for name in (stock, cbbl)}
+    times = {(name, f): [] for name in models for f in (train_step, inference)}
+    for round_ in range(rounds + 1):
+        # Which comes first changes each round.
+        for name in list(models)[:: 1 if round_ % 2 else -1]:
+            for function in (train_step, inference):
+                time_ = seconds(function, *models[name])
+                if round_ > 0:  # the first warms up
+                    times[name, function].append(time_)
+    cells = [os.path.splitext(os.path.basename(cbbl))[0]]
+    for function in (train_step, inference):
+        ratios = [b / a for a, b in zip(times[stock, function], times[cbbl, function])]
+        cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    counts = [sum(p.numel() for p in models[name][0].parameters()) for name in (stock, cbbl)]
+    cells.append(f"{counts[0] / 1e6:.3f} M")
+    cells.append(f"{counts[1] / 1e6:.3f} M ({counts[1] / counts[0]:.3f})")
+    return "| " + " | ".join(cells) + " |"
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="CONFIG",
+        help="stock and C-BBL config in turn (default: all detectors of configs/SmallShapes)",
+    )
+    args = parser.parse_args()
+    files = args.pairs or [os.path.join(CONFIGS, f"{name}.yaml") for pair in PAIRS for name in pair]
+    if len(files) % 2 != 0:
+        raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
+
+    torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(
+        f"{where}, threads: {args.threads}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {args.rounds} rounds"
+    )
+    print("| C-BBL config | training step | inference | parameters, stock | parameters, C-BBL |")
+    print("|---|---|---|---|---|")
+    pairs = list(zip(files[::2], files[1::2]))
+    for stock, cbbl in tqdm.tqdm(pairs, desc="detectors", leave=False, disable=None):
+        tqdm.tqdm.write(compare(stock, cbbl, args.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Comparing methods: studies over configs and seeds, and their tables."""

@@ -1,0 +1,142 @@
+"""Tables and plots of a study: mean, spread, and paired differences to a baseline."""
+
+import csv
+import io
+import itertools
+import math
+from typing import Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from .study import Study
+
+# Enough for the second digit of a percentile.
+_NUM_RESAMPLES = 10000
+
+
+def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> Tuple[float, float]:
+    """
+    Percentile bootstrap interval of the mean. All resamples where there are few values, random
+    ones (always the same) otherwise. With n values the interval never reaches beyond the smallest
+    and the largest: for three seeds it is a coarse guide.
+
+    Args:
+        values: at least one.
+        confidence: in (0, 1).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n**n <= _NUM_RESAMPLES:
+        means = [np.mean(resample) for resample in itertools.product(values, repeat=n)]
+    else:
+        indices = np.random.default_rng(0).integers(n, size=(_NUM_RESAMPLES, n))
+        means = values[indices].mean(axis=1)
+    tail = (1 - confidence) / 2
+    # Means that occur, not values between them: with few seeds these lie far apart.
+    low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def summarize(study: Study) -> List[Dict]:
+    """
+    One row for each name of a run that has finished seeds:
+
+    * ``name``, ``baseline`` (or ""), ``seeds`` (list of the finished ones);
+    * for each metric M: ``M`` (mean), ``M std`` (sample standard deviation; NaN for one seed);
+    * for each metric and where there is a baseline: ``M diff`` (mean of the differences, seed by
+      seed, over the seeds that both have finished), ``M low``, ``M high`` (bootstrap interval);
+    * ``time``: median over the seeds of the median seconds of an iteration.
+    """
+    results = {(run.name, run.seed): run.results() for run in study.runs}
+    rows = []
+    for name in study.names:
+        mine = {seed: r for (n, seed), r in results.items() if n == name and r is not None}
+        if not mine:
+            continue
+        baseline = study.baselines.get(name, "")
+        row = {"name": name, "baseline": baseline, "seeds": sorted(mine)}
+        for metric in study.metrics:
+            values = [r.get(metric, math.nan) for r in mine.values()]
+            row[metric] = float(np.mean(values))
+            row[f"{metric} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+            differences = [
+                r.get(metric, math.nan) - results[baseline, seed].get(metric, math.nan)
+                for seed, r in mine.items()
+                if baseline and results[baseline, seed] is not None
+            ]
+            if differences:
+                row[f"{metric} diff"] = float(np.mean(differences))
+                row[f"{metric} low"], row[f"{metric} high"] = bootstrap_interval(differences)
+        row["time"] = float(np.median([r.get("time", math.nan) for r in mine.values()]))
+        rows.append(row)
+    return rows
+
+
+def as_markdown(study: Study, rows: List[Dict]) -> str:
+    """A table with ``mean ± std`` and, below it in the cell, the difference to the baseline."""
+    paired = any(row["baseline"] for row in rows)
+    header = ["run", *(_short(metric) for metric in study.metrics)]
+    if paired:
+        header += [f"{_short(metric)} minus baseline [95 %]" for metric in study.metrics]
+    header += ["s/iteration", "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [row["name"]]
+        for metric in study.metrics:
+            std = row[f"{metric} std"]
+            cells.append(f"{row[metric]:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}"))
+        if paired:
+            cells += [
+                f"{row[f'{m} diff']:+.1f} [{row[f'{m} low']:+.1f}, {row[f'{m} high']:+.1f}]"
+                if f"{m} diff" in row
+                else ""
+                for m in study.metrics
+            ]
+        cells += [f"{row['time']:.2f}", ", ".join(map(str, row["seeds"]))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(study: Study, rows: List[Dict]) -> str:
+    """The same numbers with all digits."""
+    columns = ["name", "baseline", "seeds"]
+    for metric in study.metrics:
+        columns += [metric, *(f"{metric} {part}" for part in ("std", "diff", "low", "high"))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, "time"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"]))})
+    return text.getvalue()
+
+
+def plot(study: Study, rows: List[Dict], path) -> None:
+    """
+    For each metric, each run's seeds as dots and their mean as a bar mark, as PNG.
+
+    Args:
+        path: file name, or a binary file to write to.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = {(run.name, run.seed): run.results() for run in study.runs}
+    names = [row["name"] for row in rows]
+    figure = Figure(figsize=(3.2 * len(study.metrics) + 1.5, 0.4 * len(rows) + 1.3))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(study.metrics), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, study.metrics):
+        for y, row in enumerate(rows):
+            values = [results[row["name"], seed].get(metric, math.nan) for seed in row["seeds"]]
+            axis.plot(values, [y] * len(values), "o", alpha=0.45, color="tab:blue", markersize=5)
+            axis.plot([row[metric]], [y], "|", markersize=16, markeredgewidth=2.5, color="black")
+        axis.set_title(_short(metric), fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].set_yticks(range(len(names)), names)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _short(metric: str) -> str:
+    return metric.removeprefix("bbox/")

@@ -1,0 +1,214 @@
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from cbbl_d2.analysis.study import load_study
+from cbbl_d2.analysis.study_table import (
+    as_csv,
+    as_markdown,
+    bootstrap_interval,
+    plot,
+    summarize,
+)
+from cbbl_d2.errors import UserError
+
+
+@pytest.fixture
+def write_study(tmp_path, repository):
+    def write(**changes):
+        config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+        content = {
+            "output": str(tmp_path / "study"),
+            "seeds": [1, 2],
+            "overrides": ["SOLVER.MAX_ITER", 20],
+            "baseline": "stock",
+            "runs": {"stock": config, "cbbl": {"config": config, "overrides": ["SEED", 7]}},
+        }
+        content.update(changes)
+        content = {k: v for k, v in content.items() if v is not None}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def finish(run, ap, iteration=19, **more):
+    """As train_net.py leaves a finished run."""
+    os.makedirs(run.folder, exist_ok=True)
+    with open(os.path.join(run.folder, "metrics.json"), "w") as f:
+        f.write(json.dumps({"iteration": 9, "bbox/AP": 1.0, "time": 0.5}) + "\n")
+        f.write(json.dumps({"iteration": 14, "total_loss": 1.0, "time": 0.1}) + "\n")
+        f.write(json.dumps({"iteration": iteration, "bbox/AP": ap, "time": 0.2, **more}) + "\n")
+        f.write('{"iteration": 19, "bbox')  # cut off
+    open(os.path.join(run.folder, "model_final.pth"), "w").close()
+
+
+def test_table_of_canned_metrics(write_study):
+    study = load_study(write_study(metrics=["bbox/AP", "bbox/APvs"]))
+    assert study.names == ["stock", "cbbl"] and len(study.runs) == 4
+    assert all(run.results() is None and run.last_iteration() == 0 for run in study.runs)
+    assert summarize(study) == []
+    for run, ap in zip(study.runs, (50.0, 52.0, 53.0, 56.0)):
+        finish(run, ap, **{"bbox/APvs": ap - 10})
+    stock, cbbl = summarize(study)
+    assert stock["bbox/AP"] == 51 and stock["bbox/AP std"] == pytest.approx(np.sqrt(2))
+    assert "bbox/AP diff" not in stock and stock["seeds"] == [1, 2]
+    # Differences seed by seed: 3 and 4.
+    assert cbbl["bbox/AP"] == 54.5 and cbbl["bbox/AP diff"] == 3.5
+    assert (cbbl["bbox/APvs low"], cbbl["bbox/APvs high"]) == (3.0, 4.0)
+    assert cbbl["time"] == 0.2
+    text = as_markdown(study, [stock, cbbl])
+    assert "| cbbl | 54.5 ± 2.1 | 44.5 ± 2.1 | +3.5 [+3.0, +4.0] |" in text
+    rows = list(csv.DictReader(io.StringIO(as_csv(study, [stock, cbbl]))))
+    assert float(rows[1]["bbox/AP diff"]) == 3.5 and rows[0]["bbox/AP diff"] == ""
+    picture = io.BytesIO()
+    plot(study, [stock, cbbl], picture)
+    assert picture.getvalue().startswith(b"\x89PNG")
+
+
+def test_only_seeds_that_both_have_are_compared(write_study):
+    study = load_study(write_study())
+    stock_1, stock_2, cbbl_1, cbbl_2 = study.runs
+    finish(stock_1, 50.0)
+    finish(cbbl_1, 51.0)
+    finish(cbbl_2, 90.0)
+    _, cbbl = summarize(study)
+    assert cbbl["bbox/AP"] == 70.5 and cbbl["bbox/AP diff"] == 1.0
+    assert "± " not in as_markdown(study, [summarize(study)[0]])  # one seed has no spread
+
+
+def test_unfinished_runs_have_no_results(write_study):
+    run = load_study(write_study()).runs[0]
+    finish(run, 50.0, iteration=12)  # an evaluation in between
+    assert run.results() is None and run.last_iteration() == 15
+    finish(run, 50.0)
+    assert run.results()["bbox/AP"] == 50.0
+    os.remove(os.path.join(run.folder, "model_final.pth"))
+    assert run.results() is None
+
+
+def test_bootstrap_interval():
+    assert bootstrap_interval([2.0]) == (2.0, 2.0)
+    low, high = bootstrap_interval([1.0, 2.0, 3.0])
+    assert 1 <= low < 2 < high <= 3
+    values = np.random.default_rng(1).normal(5.0, 2.0, size=400)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / np.sqrt(400)  # of the normal approximation
+    assert low == pytest.approx(values.mean() - half, abs=0.03)
+    assert high == pytest.approx(values.mean() + half, abs=0.03)
+    assert bootstrap_interval(values) == (low, high)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"runs": None}, "lacks runs"),
+        ({"runs": {}}, "runs must map"),
+        ({"seeds": [1, 1]}, "once"),
+        ({"seeds": 3}, "seeds = 3"),
+        ({"sedes": [1]}, "unknown sedes"),
+        ({"baseline": "giou"}, "baseline giou of stock is none of the runs"),
+        ({"runs": {"a": "nowhere.yaml"}, "baseline": None}, "nowhere.yaml: no such config file"),
+        ({"overrides": ["SOLVER.MAX_ITR", 3]}, "did you mean SOLVER.MAX_ITER"),
+    ],
+)
+def test_malformed_studies(write_study, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_study(write_study(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run_tool(repository, monkeypatch, capsys):
+    """Call the script in this process; returns its exit status and what it said."""
+    path = os.path.join(repository, "tools", "run_study.py")
+    spec = importlib.util.spec_from_file_location("run_study", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [path, *args])
+        try:
+            tool.main()
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = write_study(
+        seeds=[1],
+        overrides=["SOLVER.MAX_ITER", 10, "SOLVER.CHECKPOINT_PERIOD", 2],
+        runs={"a": os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")},
+        baseline=None,
+    )
+    (run,) = load_study(path).runs
+    tool = os.path.join(repository, "tools", "run_study.py")
+    with open("killed.txt", "wb") as said:
+        first = subprocess.Popen(
+            [sys.executable, tool, path], stdout=said, stderr=said, start_new_session=True
+        )
+    deadline = time.time() + 200
+    while not os.path.exists(os.path.join(run.folder, "last_checkpoint")):
+        assert first.poll() is None and time.time() < deadline, open("killed.txt").read()
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)  # with the training itself
+    first.wait()
+    assert run.results() is None
+    assert run_tool(path, "--table-only") == (0, f"{study_folder(path)}: no run is finished yet\n")
+
+    status, said = run_tool(path)
+    assert status == 0, said
+    assert run.results() is not None
+    with open(os.path.join(run.folder, "console.txt")) as f:
+        starts = re.findall(r"Starting training from iteration (\d+)", f.read())
+    assert starts[0] == "0" and int(starts[1]) > 0
+    with open(os.path.join(study_folder(path), "table.md")) as f:
+        assert "| a |" in f.read()
+
+    # A third time there is nothing to do; with other settings the folder is not touched.
+    size = os.path.getsize(os.path.join(run.folder, "console.txt"))
+    assert run_tool(path)[0] == 0
+    assert os.path.getsize(os.path.join(run.folder, "console.txt")) == size
+    changed = write_study(
+        seeds=[1], overrides=["SOLVER.MAX_ITER", 12], runs={"a": run.config}, baseline=None
+    )
+    status, said = run_tool(changed)
+    assert status == 1 and "holds a run with other settings" in said
+
+
+def test_a_run_that_fails_is_named(write_study, run_tool, repository):
+    """The other runs are trained all the same, and the exit status tells."""
+    config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+    path = write_study(
+        seeds=[1],
+        overrides=[],
+        runs={"bad": {"config": config, "overrides": ["MODEL.WEIGHTS", "nowhere.pth"]}},
+        baseline=None,
+    )
+    status, said = run_tool(path)
+    assert status == 1
+    assert "bad, seed 1: FAILED: error: nowhere.pth: no such weights file" in said
+    assert "1 of 1 runs failed" in said
+
+
+def study_folder(path):
+    with open(path) as f:
+        return yaml.safe_load(f)["output"]
