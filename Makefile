@@ -43,11 +43,10 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The stamp is made last, so an interrupted installation is taken up again by the next make.
-# setuptools: pip needs it to read the source archive of Detectron2, and Python >= 3.12 lacks it.
 $(INSTALLED): setup.py tools/install_detectron2.py | $(PY)
 	$(if $(wildcard $(PY)),$(call require_python,$(PY)))
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip
-	$(PY) -m pip install --disable-pip-version-check setuptools -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
 	$(PY) tools/install_detectron2.py
 	@touch $@
 

@@ -6,7 +6,7 @@ Detectron2 v0.6 under its own name, as a normal wheel that `pip show detectron2`
 `pip uninstall detectron2` know about:
 
 1. pip downloads `pb1-detectron2` 0.6, a third party's upload of the v0.6 tag (PyPI has no
-   `detectron2`). Its SHA-256 is pinned below and is verified before anything in it is run.
+   `detectron2`). Its SHA-256 is pinned below, and its setup.py is never run.
 2. The documented FIXUPS below are applied, so that it runs on today's NumPy, Pillow and torch.
 3. `detectron2._C`, the compiled extension, is replaced by a stand-in whose operations raise an
    error that names the operation. Detectors with axis-aligned boxes do not need it: NMS and
@@ -20,6 +20,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,23 @@ def __getattr__(name):
     )
 '''
 
+# To download a source archive, pip reads its metadata, for which setuptools runs its setup.py. This
+# one imports torch, and pip >= 26.3 refuses what it says, because an extra of it names a URL. This
+# build backend (PEP 517) takes the place of setuptools in the download, and runs nothing.
+BACKEND = r"""
+from pathlib import Path
+
+class __legacy__:  # setuptools.build_meta:__legacy__ is the backend of a source that names none
+    @staticmethod
+    def prepare_metadata_for_build_wheel(folder, config_settings=None):
+        info = Path(folder, "pb1_detectron2-0.6.dist-info")
+        info.mkdir()
+        info.joinpath("METADATA").write_text(
+            "Metadata-Version: 2.1\nName: pb1-detectron2\nVersion: 0.6\n"
+        )
+        return info.name
+"""
+
 # What does this environment import as `detectron2`? Prints one JSON object as its last line.
 PROBE = """
 import importlib.util, json, os
@@ -230,13 +248,10 @@ class InstallError(Exception):
 def run(arguments, cwd, **environment):
     """Run this Python with `arguments` away from the caller's folder, whose files could shadow
     modules; return the finished process with its output as text."""
-    env = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", **environment)
-    for name in ("FORCE_CUDA", "BUILD_NIGHTLY", "D2_VERSION_SUFFIX"):  # read by v0.6's setup.py
-        env.pop(name, None)
     return subprocess.run(
         [sys.executable] + [str(a) for a in arguments],
         cwd=str(cwd),
-        env=env,
+        env=dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", **environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -245,11 +260,22 @@ def run(arguments, cwd, **environment):
     )
 
 
-def last_line(process):
-    """The line of a failed process that says most: its last error, else its last line."""
+# pip closes some errors with a line that names no cause, like `error: metadata-generation-failed`.
+ERROR_LINE = r"(?i)[\w.]*(error|exception)(: (?!ResolutionImpossible|\w+(-\w+)+$)|$)"
+
+
+def reason(process):
+    """What a failed process says of the cause: its last error, else its last line."""
     lines = [s.strip() for s in (process.stdout + "\n" + process.stderr).splitlines() if s.strip()]
-    errors = [s for s in lines if s.lower().startswith("error:")]
-    return (errors or lines or [f"exit status {process.returncode}"])[-1]
+    errors = [i for i, line in enumerate(lines) if re.match(ERROR_LINE, line)]
+    if not errors:
+        return lines[-1] if lines else f"exit status {process.returncode}"
+    error = lines[errors[-1]]
+    if "No matching distribution" in error:  # pip says so as well if it cannot reach the index
+        broken = [s for s in lines if "connection broken by" in s or "Could not fetch URL" in s]
+        return (broken or [error])[-1]
+    # The second line of pip's own errors names the package.
+    return " ".join(lines[errors[-1] :][: 2 if error.startswith("ERROR: ") else 1])
 
 
 def check_prerequisites(work, names):
@@ -259,7 +285,7 @@ def check_prerequisites(work, names):
         name = next(name for name in names if name not in process.stdout.split())
         cure = "ensurepip" if name == "pip" else f"pip install {name}"
         raise InstallError(
-            f"cannot import {name} ({last_line(process)}): run `{sys.executable} -m {cure}`"
+            f"cannot import {name} ({reason(process)}): run `{sys.executable} -m {cure}`"
         )
 
 
@@ -288,16 +314,22 @@ def remove_leftovers():
 
 
 def download_sdist(work):
-    """Download the source archive with pip, which checks its hash before running its setup.py."""
+    """Download the source archive with pip, which checks its hash; nothing in it is run."""
     requirements = work / "requirements.txt"
     requirements.write_text(f"{SDIST_REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n")
+    package = work / "backend" / "setuptools"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "build_meta.py").write_text(BACKEND)
+    path = os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")]))
     options = "-m pip download --no-input --no-deps --no-binary :all: --no-build-isolation"
     arguments = options.split() + ["--require-hashes", "-r", requirements, "-d", work]
-    process = run(arguments, work, CUDA_VISIBLE_DEVICES="")  # its setup.py looks for GPUs
+    # Older pips need to be told to use a build backend, newer ones may drop the option for it.
+    process = run(arguments, work, PYTHONPATH=path, PIP_USE_PEP517="1")
     found = sorted(work.glob("pb1*.tar.gz"))
     if process.returncode or not found:
         raise InstallError(
-            f"cannot download {SDIST_REQUIREMENT} ({last_line(process)}): check the network, or "
+            f"cannot download {SDIST_REQUIREMENT} ({reason(process)}): check the network, or "
             "pass a copy of its source archive with --sdist"
         )
     return found[0]
@@ -378,7 +410,7 @@ def pip_install(wheel, work, force):
         options = ["--force-reinstall", "--no-deps", "--no-input"]
         process = run(["-m", "pip", "install", *options, wheel], work)
     if process.returncode:
-        raise InstallError(f"pip cannot install Detectron2's wheel: {last_line(process)}")
+        raise InstallError(f"pip cannot install Detectron2's wheel: {reason(process)}")
 
 
 def self_check(work):
@@ -388,7 +420,7 @@ def self_check(work):
         removal = run(["-m", "pip", "uninstall", "-y", "detectron2"], work)
         state = "could not be uninstalled" if removal.returncode else "was uninstalled again"
         raise InstallError(
-            f"Detectron2 was installed but does not run ({last_line(process)}); it {state}"
+            f"Detectron2 was installed but does not run ({reason(process)}); it {state}"
         )
 
 
@@ -408,9 +440,7 @@ def install(sdist, force, work):
         kind = "full build" if found["full"] else "pure Python, without compiled operations"
         print(f"Detectron2 {found['version']} is already in {found['location']} ({kind}).")
         return
-    # setuptools: pip runs the archive's setup.py to read its metadata when it downloads it. It has
-    # to be imported before torch, which imports the distutils that setuptools replaces.
-    check_prerequisites(work, ["setuptools"] * (sdist is None) + ["pip", "torch", "torchvision"])
+    check_prerequisites(work, ["pip", "torch", "torchvision"])
     print("[2/5] Getting the source archive of Detectron2 v0.6", flush=True)
     files = read_sdist(download_sdist(work) if sdist is None else sdist)
     print(f"[3/5] Building a wheel with {len(FIXUPS)} fix-ups", flush=True)

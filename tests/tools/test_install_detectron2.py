@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -74,17 +75,18 @@ def bare(tool, tmp_path, monkeypatch):
     """Make the script see an environment with torch and pip, without Detectron2, and record what
     it runs there instead of running it. Append to `bare.failing` what shall fail."""
 
-    bare = SimpleNamespace(commands=[], failing=[])
+    bare = SimpleNamespace(commands=[], environments=[], failing=[])
 
     def run(arguments, cwd, **environment):
         command = " ".join(map(str, arguments))
         bare.commands.append(command)
+        bare.environments.append(environment)
         failed, output = any(text in command for text in bare.failing), ""
         if arguments[1] == tool.PROBE:
             output = '{"here": false}'
         elif arguments[1] == tool.IMPORT_ALL:  # prints what it could import before it fails
             output = "\n".join(itertools.takewhile(lambda n: n not in bare.failing, arguments[2:]))
-        error = "ERROR: first\nERROR: the reason\nsome hint" if failed else ""
+        error = "ERROR: first\nERROR: the reason\nits detail\na hint" if failed else ""
         return subprocess.CompletedProcess(arguments, int(failed), output, error)
 
     (tmp_path / "site").mkdir()
@@ -259,7 +261,89 @@ def test_download_is_pinned_by_hash(tool, bare, tmp_path):
     assert requirements == f"{tool.SDIST_REQUIREMENT} --hash=sha256:{tool.SDIST_SHA256}\n"
 
 
-@pytest.mark.parametrize("name", ["pip", "torch", "torchvision", "setuptools"])
+@pytest.mark.parametrize("mine", ["", "/my/modules"])
+def test_download_puts_its_backend_before_the_users_modules(
+    tool, bare, tmp_path, mine, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", mine)
+    (tmp_path / "pb1-detectron2-0.6.tar.gz").write_bytes(b"")
+    tool.download_sdist(tmp_path)
+    backend, *others = bare.environments[-1]["PYTHONPATH"].split(os.pathsep)
+    assert (Path(backend) / "setuptools" / "build_meta.py").is_file()
+    assert others == [mine] * bool(mine)  # an empty entry would be the current folder
+
+
+@pytest.mark.parametrize("right_hash", [True, False])
+def test_pip_downloads_the_archive_without_running_it(tool, tmp_path, right_hash, monkeypatch):
+    """The installed pip, whatever its version, on an archive whose setup.py leaves a mark."""
+    pytest.importorskip("pip")
+    mark, index, work = tmp_path / "mark", tmp_path / "index", tmp_path / "work"
+    index.mkdir()
+    work.mkdir()
+    files = {"setup.py": f"open({str(mark)!r}, 'w')\nraise RuntimeError('was run')\n".encode()}
+    path = write_sdist(index / "pb1-detectron2-0.6.tar.gz", files)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if right_hash else "0" * 64
+    monkeypatch.setattr(tool, "SDIST_SHA256", digest)
+    settings = {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index)}
+    for name, value in settings.items():  # no network, and no settings of the user
+        monkeypatch.setenv(f"PIP_{name}", value)
+    if right_hash:
+        assert tool.download_sdist(work).read_bytes() == path.read_bytes()
+        assert tool.read_sdist(path) == files
+    else:
+        with pytest.raises(tool.InstallError, match=r"(?i)do not match the hashes.*pb1-detectron2"):
+            tool.download_sdist(work)
+    assert not mark.exists()
+
+
+def test_backend_is_that_of_the_pinned_archive(tool, tmp_path):
+    backend = {}
+    exec(tool.BACKEND, backend)
+    info = backend["__legacy__"].prepare_metadata_for_build_wheel(str(tmp_path))
+    metadata = Parser().parsestr((tmp_path / info / "METADATA").read_text())
+    assert f"{metadata['Name']}=={metadata['Version']}" == tool.SDIST_REQUIREMENT
+    assert info == f"{tool.SDIST_REQUIREMENT}.dist-info".replace("-", "_", 1).replace("==", "-")
+    assert metadata.get_all("Requires-Dist") is None
+
+
+NOT_FOUND = """\
+ERROR: Could not find a version that satisfies the requirement a==1 (from versions: none)
+ERROR: No matching distribution found for a==1
+"""
+
+
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ("", "exit status 7"),
+        ("torch\nSegmentation fault\n", "Segmentation fault"),
+        ("Traceback:\n  x()\nImportError: no libcuda\n", "ImportError: no libcuda"),
+        ("KeyError: 1\nDuring handling:\nAssertionError\n", "AssertionError"),
+        (NOT_FOUND, "ERROR: No matching distribution found for a==1"),
+        (f"WARNING: Retrying after connection broken by 'X'\n{NOT_FOUND}", "broken by 'X'"),
+        (f"Could not fetch URL https://a: bad certificate\n{NOT_FOUND}", "bad certificate"),
+        (
+            "ERROR: a PyPI package cannot declare a URL.\na depends on b @ https://b\n",
+            "cannot declare a URL. a depends on b @ https://b",
+        ),
+        (
+            "  ImportError: no such thing\n  [end of output]\nnote: from a subprocess\n"
+            "error: metadata-generation-failed\n\n× Encountered error.\nhint: See above.\n",
+            "ImportError: no such thing",
+        ),
+        (
+            "ERROR: Cannot install a and b.\n\nThe conflict is caused by:\n  a depends on c\n"
+            "ERROR: ResolutionImpossible: for help visit https://pip\n",
+            "Cannot install a and b. The conflict is caused by:",
+        ),
+    ],
+)
+def test_reason_is_the_cause(tool, output, expected):
+    text = tool.reason(subprocess.CompletedProcess([], 7, "", output))
+    assert text.endswith(expected) and "\n" not in text
+
+
+@pytest.mark.parametrize("name", ["pip", "torch", "torchvision"])
 def test_missing_module_is_one_line_with_the_cure(tool, bare, name, capsys):
     bare.failing.append(name)
     assert tool.main([]) == 1
