@@ -1,9 +1,9 @@
 """
 Pictures of small objects: ground truth beside predictions, enlarged so that a person can see them.
 
-The boxes and labels are drawn by Detectron2's :class:`Visualizer`, with the primitives that it
-offers for a style of one's own. Its ready-made style is meant for large objects: its labels would
-cover an object of 10 pixels, and its lines would be as thick as the object.
+The boxes, keypoints and labels are drawn by Detectron2's :class:`Visualizer`, with the primitives
+that it offers for a style of one's own. Its ready-made style is meant for large objects: its labels
+would cover an object of 10 pixels, and its lines would be as thick as the object.
 
 Glossary: images are (H, W, 3) uint8, RGB; boxes are XYXY in pixels of the image as it is on disk,
 whatever the enlargement.
@@ -19,7 +19,7 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import VisImage, Visualizer
+from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.patheffects import withStroke
 
 from .errors import UserError
@@ -28,6 +28,7 @@ __all__ = [
     "ClassStyle",
     "contact_sheet",
     "draw_boxes",
+    "draw_masks",
     "draw_pair",
     "enlarge",
     "enlargement",
@@ -59,6 +60,9 @@ _INK, _FAINT = "#222222", "#777777"
 _GAP = 8  # between the panels of a pair and around those of a contact sheet, pixels
 _WIDE = 2.5  # width / height from which on the panels of a pair are stacked
 _PAGE = 1.4  # height / width that a contact sheet aims at
+
+# Masks are laid over the image with this opacity: the object must stay visible.
+_MASK_OPACITY = 0.4
 
 # A label may cover this share of another object at most, otherwise it is left out.
 _MAX_COVERED = 0.2
@@ -138,10 +142,12 @@ def draw_boxes(
     labels: Sequence[str],
     colors: Sequence[tuple[float, float, float]],
     dashed: Sequence[bool] | None = None,
+    keypoints: Sequence[np.ndarray] | None = None,
+    metadata: Metadata | None = None,
 ) -> np.ndarray:
     """
-    Draw N boxes with thin lines and, where there is room beside the objects, their labels. A label
-    that would cover another label, or much of another object, is left out.
+    Draw N boxes with thin lines, keypoints and, where there is room beside the objects, the labels
+    of the boxes. A label that would cover another label, or much of another object, is left out.
 
     Args:
         image: (H, W, 3), already enlarged.
@@ -149,13 +155,17 @@ def draw_boxes(
         labels: N texts.
         colors: N colors, RGB in [0, 1].
         dashed: N flags, for crowd regions.
+        keypoints: arrays (K, 3) of x, y in pixels of ``image`` and the visibility or score, one for
+            each object with keypoints; those with a visibility of 0 are not labelled.
+        metadata: its ``keypoint_names`` and ``keypoint_connection_rules`` say which of them are
+            connected.
 
     Returns:
         array (H, W, 3).
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     dashed = [False] * len(boxes) if dashed is None else dashed
-    visualizer = Visualizer(image)
+    visualizer = Visualizer(image, metadata)
     canvas = visualizer.output
     short_side = min(image.shape[:2])
     line_width = np.clip(short_side / 420, 1.8, 3) * 72 / canvas.dpi  # points
@@ -167,6 +177,13 @@ def draw_boxes(
         patch.set_linewidth(line_width)
         # A dark rim keeps every color visible on every background.
         patch.set_path_effects([withStroke(linewidth=1.7 * line_width, foreground="black")])
+    # All of an object that is drawn, as the metric counts them all. The score is a probability
+    # among thousands of places, and low as long as a model is not sure of the exact one.
+    visualizer.keypoint_threshold = 0.0
+    for points in [] if keypoints is None else keypoints:
+        visualizer.draw_and_connect_keypoints(points)
+    for line in canvas.ax.lines:  # the connections: as thick as they are, they hide the points
+        line.set_linewidth(line_width / 2)
     _draw_labels(visualizer, boxes, labels, colors)
 
     # Not canvas.get_image(): matplotlib < 3.11 moves the pixels of an image that it draws by one or
@@ -177,6 +194,39 @@ def draw_boxes(
     drawing = np.frombuffer(data, dtype=np.uint8).reshape(height, width, 4).astype(np.float32)
     opacity = drawing[:, :, 3:] / 255
     return np.rint(image * (1 - opacity) + drawing[:, :, :3] * opacity).astype(np.uint8)
+
+
+def draw_masks(
+    image: np.ndarray,
+    masks: Sequence[np.ndarray | None],
+    colors: Sequence[tuple[float, float, float]],
+) -> np.ndarray:
+    """
+    Lay N translucent masks with a solid edge over an image.
+
+    Args:
+        image: (H, W, 3), already enlarged.
+        masks: N arrays (h, w) of bool, of any size: they are enlarged to the image's. None for an
+            object without a mask.
+        colors: N colors, RGB in [0, 1].
+
+    Returns:
+        array (H, W, 3).
+    """
+    # Not by matplotlib, which draws a mask with a hole as an image, see draw_boxes.
+    image = image.copy()
+    size = image.shape[1::-1]
+    for mask, color in zip(masks, colors, strict=True):
+        if mask is None:
+            continue
+        mask = np.ascontiguousarray(mask, dtype=np.uint8)
+        mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+        inner = cv2.erode(mask, np.ones((3, 3), np.uint8), borderValue=0) > 0
+        color = 255 * np.asarray(color)
+        tinted = (1 - _MASK_OPACITY) * image[inner] + _MASK_OPACITY * color
+        image[mask > 0] = np.rint(color)
+        image[inner] = np.rint(tinted)
+    return image
 
 
 def draw_pair(
@@ -196,8 +246,10 @@ def draw_pair(
     Args:
         image: (H, W, 3).
         ground_truth: the "annotations" of Detectron2's dataset dict: "bbox", "bbox_mode",
-            "category_id" and perhaps "iscrowd".
-        predictions: "pred_boxes", "scores" and "pred_classes", on the CPU or not.
+            "category_id" and perhaps "iscrowd". Their "segmentation" and "keypoints" are drawn
+            where the predictions have such, too, or where there are none.
+        predictions: "pred_boxes", "scores" and "pred_classes", and perhaps "pred_masks" (N, H, W)
+            and "pred_keypoints" (N, K, 3), on the CPU or not.
         metadata: for names and colors, see :class:`ClassStyle`.
         scale: factor of the enlargement, by default that of :func:`enlargement`.
         name: of the image, for the captions.
@@ -226,7 +278,12 @@ def draw_pair(
             style.name(c) + (" (crowd)" if d else "") for c, d in zip(classes, crowd, strict=True)
         ]
         colors = [style.color(c) for c in classes]
-        drawn = draw_boxes(canvas, boxes * factors, labels, colors, crowd)
+        drawn, keypoints = canvas, []
+        if predictions is None or predictions.has("pred_masks"):
+            drawn = draw_masks(drawn, _read_masks(ground_truth, canvas, factors), colors)
+        if predictions is None or predictions.has("pred_keypoints"):
+            keypoints = [_points(a["keypoints"], factors) for a in ground_truth if "keypoints" in a]
+        drawn = draw_boxes(drawn, boxes * factors, labels, colors, crowd, keypoints, metadata)
         panels.append(_with_caption(drawn, "Ground truth", [name, size], classes, style))
     if predictions is not None:
         boxes = predictions.pred_boxes.tensor.detach().cpu().numpy()
@@ -236,7 +293,15 @@ def draw_pair(
             for c, s in zip(classes, predictions.scores.tolist(), strict=True)
         ]
         colors = [style.color(c) for c in classes]
-        drawn = draw_boxes(canvas, boxes * factors, labels, colors)
+        drawn, keypoints = canvas, []
+        if predictions.has("pred_masks"):
+            drawn = draw_masks(drawn, predictions.pred_masks.detach().cpu().numpy(), colors)
+        if predictions.has("pred_keypoints"):
+            points = predictions.pred_keypoints.detach().cpu().numpy()
+            keypoints = [_points(x, factors) for x in points]
+        drawn = draw_boxes(
+            drawn, boxes * factors, labels, colors, keypoints=keypoints, metadata=metadata
+        )
         remarks = [note] if panels else [note, name, size]
         panels.append(_with_caption(drawn, "Predictions", remarks, classes, style))
     if not panels:
@@ -311,6 +376,28 @@ def _read_annotations(
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     classes = [int(a["category_id"]) for a in annotations]
     return boxes, classes, [bool(a.get("iscrowd", 0)) for a in annotations]
+
+
+def _read_masks(
+    annotations: list[dict], canvas: np.ndarray, factors: np.ndarray
+) -> list[np.ndarray | None]:
+    """The masks of a dataset dict's annotations, those of polygons as fine as the canvas."""
+    masks = []
+    for annotation in annotations:
+        segmentation = annotation.get("segmentation")
+        if not segmentation:
+            masks.append(None)
+        elif isinstance(segmentation, list):
+            polygons = [np.reshape(x, (-1, 2)) * factors[:2] for x in segmentation]
+            masks.append(GenericMask(polygons, *canvas.shape[:2]).mask)
+        else:
+            masks.append(GenericMask(segmentation, *segmentation["size"]).mask)
+    return masks
+
+
+def _points(keypoints: Sequence[float] | np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Keypoints (K, 3), or as a list of 3*K numbers, in pixels of the canvas, (K, 3)."""
+    return np.reshape(keypoints, (-1, 3)) * [*factors[:2], 1]
 
 
 # -- labels ----------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from cbbl_d2.visualization import (  # noqa: E402
     ClassStyle,
     contact_sheet,
     draw_boxes,
+    draw_masks,
     draw_pair,
     enlarge,
     enlargement,
@@ -158,6 +160,75 @@ def test_a_side_that_is_not_there_is_left_out():
     assert draw_pair(image, [], found, scale=1).shape[1] > 200
     with pytest.raises(ValueError, match="neither"):
         draw_pair(image, None, None)
+
+
+RING = [[20, 20, 80, 20, 80, 80, 20, 80, 20, 20, 40, 40, 40, 60, 60, 60, 60, 40, 40, 40]]
+POINTS = [20.0, 50.0, 2, 50.0, 20.0, 2, 80.0, 50.0, 2, 0.0, 0.0, 0]  # the last one is not labelled
+POINTS_METADATA = Metadata(
+    keypoint_names=list("abcd"),
+    keypoint_connection_rules=[("a", "b", (0, 0, 255)), ("c", "d", (0, 0, 255))],
+)
+
+
+def ring_mask(size=100):
+    mask = np.zeros((size, size), dtype=bool)
+    mask[20:80, 20:80] = True
+    mask[40:60, 40:60] = False
+    return mask
+
+
+def test_masks_tint_their_own_pixels_alone():
+    mask = ring_mask()
+    drawn = draw_masks(plain(200, 200), [mask, None], [RED, RED])
+    inside = mask.repeat(2, axis=0).repeat(2, axis=1)
+    assert (drawn[~inside] == GREY).all() and (drawn[inside] != GREY).all()
+    assert (drawn[40, 40:160] == (255, 0, 0)).all()  # the edge is solid
+    assert 100 < drawn[60, 60, 1] < GREY - 50  # within, the image can be seen
+    assert (plain(200, 200) == GREY).all()
+
+
+@pytest.mark.parametrize("as_polygons", [True, False])
+def test_masks_of_both_sides_are_drawn_with_their_hole(as_polygons):
+    segmentation = RING
+    if not as_polygons:
+        segmentation = mask_util.encode(np.asfortranarray(ring_mask().astype(np.uint8)))
+    found = instances([[20, 20, 80, 80]], [0], [0.9])
+    found.pred_masks = torch.from_numpy(ring_mask())[None]
+    truth = [annotation([20, 20, 80, 80], segmentation=segmentation), annotation([1, 1, 9, 9])]
+    picture = draw_pair(plain(100, 100), truth, found, scale=2)
+    expected = ring_mask().repeat(2, axis=0).repeat(2, axis=1)
+    clear = np.zeros_like(expected)
+    clear[45:155, 45:155] = True  # off the box, its label and the small object
+    for panel in (picture[-200:, :200], picture[-200:, -200:]):
+        tinted = (panel != GREY).any(axis=2)
+        assert (tinted[clear] == expected[clear]).mean() > 0.97
+        assert not tinted[90:110, 90:110].any()
+
+
+def test_keypoints_of_both_sides_are_drawn_and_connected():
+    found = instances([[20, 20, 80, 80]], [0], [0.9])
+    found.pred_keypoints = torch.tensor(POINTS).reshape(1, 4, 3)
+    found.pred_keypoints[:, :, 2] *= 0.01  # the model is not sure, and they are drawn all the same
+    truth = [annotation([20, 20, 80, 80], keypoints=POINTS), annotation([1, 1, 9, 9])]
+    picture = draw_pair(plain(100, 100), truth, found, POINTS_METADATA, scale=4)
+    for panel in (picture[-400:, :400], picture[-400:, -400:]):
+        for x, y in ((20, 50), (50, 20), (80, 50)):
+            assert has_color(panel[4 * y - 2 : 4 * y + 2, 4 * x - 2 : 4 * x + 2], RED)
+        assert has_color(panel[135:145, 135:145], (0, 0, 1), 80)  # halfway between the first two
+        assert (panel[210:310, 90:310] == GREY).all()
+
+
+def test_masks_and_keypoints_are_drawn_where_the_model_predicts_them():
+    plain_truth = [annotation([20, 20, 80, 80])]
+    truth = [annotation([20, 20, 80, 80], segmentation=RING, keypoints=POINTS)]
+    found = instances([], [], [])
+    of_boxes, same = (draw_pair(plain(100, 100), x, found, scale=2) for x in (plain_truth, truth))
+    assert np.array_equal(of_boxes, same)
+    alone = draw_pair(plain(100, 100), truth, None, scale=2)
+    assert not np.array_equal(alone, of_boxes[:, :200])
+    found.pred_masks = torch.zeros(0, 100, 100, dtype=torch.bool)
+    found.pred_keypoints = torch.zeros(0, 4, 3)
+    assert np.array_equal(draw_pair(plain(100, 100), truth, found, scale=2)[:, :200], alone)
 
 
 def test_very_wide_images_are_stacked():

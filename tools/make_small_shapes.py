@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """
-Make a SmallShapes data set of your own size, as an ordinary folder of PNG images and COCO JSON.
+Make a SmallShapes data set of your own size, as an ordinary folder of PNG images and COCO JSON with
+boxes, masks and keypoints.
 
 The default data sets small_shapes_{train,val,test} need no call of this script: they are drawn on
 first use.

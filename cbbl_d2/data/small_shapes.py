@@ -8,8 +8,17 @@ Importing this module registers ``small_shapes_train``, ``small_shapes_val`` and
         train/000000.png ...   val/ ...   test/ ...
         annotations/instances_train.json, instances_val.json, instances_test.json
 
-an ordinary COCO-format folder: COCO boxes ``[x, y, width, height]`` in pixels, ``area`` is the
-box's. The fingerprint changes with every setting, so data of different specs never mix.
+an ordinary COCO-format folder, for detectors of boxes, masks and keypoints:
+
+* ``bbox``: ``[x, y, width, height]`` in pixels, and ``area`` is the box's: what counts as small is
+  the same for boxes, masks and keypoints. (On COCO itself, ``area`` is the mask's.)
+* ``segmentation``: one polygon, the whole outline, also where another shape covers a bit of it. The
+  hole of a ring is no part of the mask.
+* ``keypoints``: the leftmost, topmost, rightmost and bottommost point of the shape, all with the
+  visibility 2. As in COCO they are pixel indices: the continuous coordinates minus 0.5.
+
+The fingerprint changes with every setting and with the version of the drawing and the annotations,
+so different data never mix, and data of an older version stay as they are.
 """
 
 import dataclasses
@@ -25,13 +34,18 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
-from cbbl_d2.data.small_shapes_drawing import CLASS_NAMES, SPLITS, SmallShapesSpec, draw_image
+from cbbl_d2.data.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
+from cbbl_d2.data.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
 
 __all__ = ["SmallShapesSpec", "generate_small_shapes", "register_small_shapes"]
 
 logger = logging.getLogger(__name__)
+
+# Pairs of neighbouring extreme points, which pictures connect with a line.
+_SKELETON = tuple(zip(KEYPOINT_NAMES, KEYPOINT_NAMES[1:] + KEYPOINT_NAMES[:1], strict=True))
+_LINE_COLOR = (255, 255, 255)
 
 
 def register_small_shapes(
@@ -71,6 +85,9 @@ def register_small_shapes(
             evaluator_type="coco",
             thing_classes=list(CLASS_NAMES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
+            keypoint_names=list(KEYPOINT_NAMES),
+            keypoint_flip_map=[("left", "right")],
+            keypoint_connection_rules=[(a, b, _LINE_COLOR) for a, b in _SKELETON],
         )
         DatasetCatalog.register(name, _Loader(name, spec, split, root))
 
@@ -179,11 +196,11 @@ def _write_all(folder: str, spec: SmallShapesSpec, progress: bool) -> None:
             os.makedirs(os.path.join(folder, split))
             coco = _empty_coco(spec, split)
             for index in range(spec.num_images(split)):
-                image, boxes, classes = draw_image(spec, split, index)
+                image, shapes = draw_image(spec, split, index)
                 name = f"{index:06d}.png"
                 # Light compression: noise hardly compresses, and the default takes twice as long.
                 Image.fromarray(image).save(os.path.join(folder, split, name), compress_level=1)
-                _append_image(coco, index, name, spec.image_size, boxes, classes)
+                _append_image(coco, index, name, spec.image_size, shapes)
                 bar.update()
             with open(_json_file(folder, split), "w") as f:
                 json.dump(coco, f)
@@ -198,7 +215,14 @@ def _empty_coco(spec: SmallShapesSpec, split: str) -> dict:
         },
         "licenses": [],
         "categories": [
-            {"id": i + 1, "name": name, "supercategory": "shape"}
+            {
+                "id": i + 1,
+                "name": name,
+                "supercategory": "shape",
+                "keypoints": list(KEYPOINT_NAMES),
+                # Numbers of the points, starting at 1.
+                "skeleton": [[KEYPOINT_NAMES.index(x) + 1 for x in pair] for pair in _SKELETON],
+            }
             for i, name in enumerate(CLASS_NAMES)
         ],
         "images": [],
@@ -206,24 +230,34 @@ def _empty_coco(spec: SmallShapesSpec, split: str) -> dict:
     }
 
 
-def _append_image(
-    coco: dict, index: int, file_name: str, size: int, boxes: np.ndarray, classes: np.ndarray
-) -> None:
+def _append_image(coco: dict, index: int, file_name: str, size: int, shapes: list[Shape]) -> None:
     # COCO ids start at 1: pycocotools takes the annotation id 0 for "no match".
     image_id = index + 1
     coco["images"].append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-    for (x0, y0, x1, y1), class_index in zip(boxes.tolist(), classes.tolist(), strict=True):
-        width, height = round(x1 - x0, 3), round(y1 - y0, 3)
+    for shape in shapes:
         coco["annotations"].append(
             {
                 "id": len(coco["annotations"]) + 1,
                 "image_id": image_id,
-                "category_id": class_index + 1,
-                "bbox": [x0, y0, width, height],
-                "area": round(width * height, 3),
+                "category_id": CLASS_NAMES.index(shape.class_name) + 1,
                 "iscrowd": 0,
+                **_coordinates(shape),
             }
         )
+
+
+def _coordinates(shape: Shape) -> dict:
+    """The fields of an annotation that say where the object is, to 1/1000 of a pixel."""
+    x0, y0, x1, y1 = np.array(shape.box).round(3).tolist()
+    width, height = round(x1 - x0, 3), round(y1 - y0, 3)
+    keypoints = (shape.keypoints - 0.5).round(3)
+    return {
+        "bbox": [x0, y0, width, height],
+        "area": round(width * height, 3),
+        "segmentation": [shape.outline.round(3).ravel().tolist()],
+        "keypoints": [value for x, y in keypoints.tolist() for value in (x, y, 2)],
+        "num_keypoints": len(keypoints),
+    }
 
 
 register_small_shapes()

@@ -20,14 +20,16 @@ import math
 
 import numpy as np
 
+from cbbl_d2.data.small_shapes_geometry import CLASS_NAMES, Shape
 from cbbl_d2.errors import UserError
 
-CLASS_NAMES = ("disk", "ring", "square", "triangle", "cross")
 SPLITS = ("train", "val", "test")
 
-# Raise it whenever a change alters pixels or boxes: it is part of the folder's name, so that data
-# made by an older version is never taken for the new one.
+# Raise the first whenever a change alters pixels or boxes, the second whenever it alters anything
+# else in the annotation files: they are part of the folder's name, so that data made by an older
+# version is never taken for the new one.
 DRAWING_VERSION = 1
+ANNOTATION_VERSION = 2
 
 # Samples per pixel side when a shape is rasterised: its edge is then right to 1/16 pixel.
 _SUPERSAMPLING = 8
@@ -100,24 +102,23 @@ class SmallShapesSpec:
 
     @property
     def fingerprint(self) -> str:
-        """A short name for these fields and this version of the drawing; names the folder."""
+        """A short name for these fields and the versions of the drawing; names the folder."""
         fields = {
             f.name: f.type(getattr(self, f.name)) for f in dataclasses.fields(self)
         }  # the declared type: 40 and 40.0 are the same side
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        return f"v{DRAWING_VERSION}-{self.image_size}px-{digest[:8]}"
+        version = f"{DRAWING_VERSION}.{ANNOTATION_VERSION}"
+        return f"v{version}-{self.image_size}px-{digest[:8]}"
 
 
-def draw_image(
-    spec: SmallShapesSpec, split: str, index: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_image(spec: SmallShapesSpec, split: str, index: int) -> tuple[np.ndarray, list[Shape]]:
     """
     Draw image ``index`` of a split.
 
     Returns:
         image: (H, W, 3) uint8, RGB.
-        boxes: (M, 4) float64, XYXY in pixels: the exact extent of each shape, rounded to 1/1000.
-        classes: (M,) int64, indices into ``CLASS_NAMES``.
+        shapes: its M objects, in the order in which they were drawn: a later one can cover a little
+            of an earlier one.
     """
     rng = np.random.Generator(np.random.PCG64([spec.seed, SPLITS.index(split), index]))
     canvas = _background(rng, spec.image_size)
@@ -128,81 +129,17 @@ def draw_image(
     if rng.random() < 0.5:
         canvas = _slight_blur(canvas)
     canvas += _noise(rng, canvas.shape, amplitude=_uniform(rng, 0.5, 2.5))
-    boxes = np.array([shape.box for shape in shapes], dtype=np.float64).reshape(-1, 4).round(3)
-    classes = np.array([CLASS_NAMES.index(shape.class_name) for shape in shapes], dtype=np.int64)
-    return _to_uint8(canvas), boxes, classes
+    return _to_uint8(canvas), shapes
 
 
 # -- shapes ----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """
-    A shape and where its own frame lies in the image. In its own frame it fills
-    [-1, 1] x [-aspect, aspect]; its point (u, v) is the image's point
-    (cx, cy) + scale * (cos*u - sin*v, sin*u + cos*v).
-    """
-
-    class_name: str
-    aspect: float
-    detail: float  # relative to the outer shape; ring: its hole; cross: width of an arm
-    cos: float
-    sin: float
-    scale: float = 1.0
-    cx: float = 0.0
-    cy: float = 0.0
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """The exact extent in the image, XYXY."""
-        cos, sin, aspect = self.cos, self.sin, self.aspect
-        if self.class_name in ("disk", "ring"):
-            half_w = math.sqrt(cos * cos + sin * sin * aspect * aspect)
-            half_h = math.sqrt(sin * sin + cos * cos * aspect * aspect)
-            left, top, right, bottom = -half_w, -half_h, half_w, half_h
-        else:
-            if self.class_name == "square":
-                corners = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
-            elif self.class_name == "triangle":
-                corners = [(-1, 0), (1, -1), (1, 1)]
-            else:
-                arm = self.detail
-                corners = [(u, v) for u in (-1, 1) for v in (-arm, arm)]
-                corners += [(u, v) for u in (-arm, arm) for v in (-1, 1)]
-            xs = [cos * u - sin * aspect * v for u, v in corners]
-            ys = [sin * u + cos * aspect * v for u, v in corners]
-            left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-        return (
-            self.cx + self.scale * left,
-            self.cy + self.scale * top,
-            self.cx + self.scale * right,
-            self.cy + self.scale * bottom,
-        )
-
-    def contains(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Whether the image points (x, y) lie in the shape; the arguments broadcast."""
-        dx, dy = (x - self.cx) / self.scale, (y - self.cy) / self.scale
-        u = self.cos * dx + self.sin * dy
-        v = (self.cos * dy - self.sin * dx) / self.aspect
-        if self.class_name == "disk":
-            return u * u + v * v <= 1
-        if self.class_name == "ring":
-            radius_squared = u * u + v * v
-            return (radius_squared <= 1) & (radius_squared >= self.detail * self.detail)
-        u_abs, v_abs = np.abs(u), np.abs(v)
-        if self.class_name == "square":
-            return (u_abs <= 1) & (v_abs <= 1)
-        if self.class_name == "triangle":
-            return (u_abs <= 1) & (v_abs <= (1 + u) / 2)
-        return np.maximum(u_abs, v_abs) <= np.where(np.minimum(u_abs, v_abs) <= self.detail, 1, 0)
-
-
-def _place_shapes(rng: np.random.Generator, spec: SmallShapesSpec) -> list[_Shape]:
+def _place_shapes(rng: np.random.Generator, spec: SmallShapesSpec) -> list[Shape]:
     """Shapes with little overlap, large ones first: a large one never hides a small one."""
     count = int(rng.integers(spec.min_objects, spec.max_objects + 1))
     sides = sorted(_log_uniform(rng, spec.min_side, spec.max_side) for _ in range(count))[::-1]
-    placed: list[_Shape] = []
+    placed: list[Shape] = []
     for side in sides:
         shape = _place_shape(rng, spec.image_size, side, [other.box for other in placed])
         if shape is not None:
@@ -210,7 +147,7 @@ def _place_shapes(rng: np.random.Generator, spec: SmallShapesSpec) -> list[_Shap
     return placed
 
 
-def _place_shape(rng, image_size: int, side: float, taken: list[tuple]) -> _Shape | None:
+def _place_shape(rng, image_size: int, side: float, taken: list[tuple]) -> Shape | None:
     """A random shape with ``sqrt(box area) == side`` in a free place; None where none was found."""
     class_name = CLASS_NAMES[int(rng.integers(len(CLASS_NAMES)))]
     detail = _uniform(rng, 0.5, 0.62) if class_name == "ring" else _uniform(rng, 0.26, 0.36)
@@ -218,7 +155,7 @@ def _place_shape(rng, image_size: int, side: float, taken: list[tuple]) -> _Shap
     cos, sin = _rotation(_uniform(rng, -0.18, 0.18))
     for _ in range(int(rng.integers(4))):
         cos, sin = -sin, cos
-    shape = _Shape(class_name, _uniform(rng, 0.7, 1.0), detail, cos, sin)
+    shape = Shape(class_name, _uniform(rng, 0.7, 1.0), detail, cos, sin)
     left, top, right, bottom = shape.box
     scale = side / math.sqrt((right - left) * (bottom - top))
     width, height = scale * (right - left), scale * (bottom - top)
@@ -242,7 +179,7 @@ def _overlap(a: tuple, b: tuple) -> float:
     return width * height / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
 
-def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
+def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, shape: Shape) -> None:
     """Blend one shape into the (H, W, 3) canvas, in place."""
     x0, y0, coverage = _coverage(shape)
     height, width = coverage.shape
@@ -258,7 +195,7 @@ def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> 
     window += weight * (color + shading[:, :, None] - window)
 
 
-def _coverage(shape: _Shape) -> tuple[int, int, np.ndarray]:
+def _coverage(shape: Shape) -> tuple[int, int, np.ndarray]:
     """
     Left column, top row and (h, w) float64: the share of each pixel that the shape covers, over the
     pixels its box touches.

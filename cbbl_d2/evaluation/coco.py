@@ -1,4 +1,7 @@
-"""COCO box metrics with one more number, the AP of very small objects."""
+"""
+COCO metrics of boxes, masks and keypoints, with one more number for boxes, the AP of very small
+objects.
+"""
 
 import contextlib
 import io
@@ -8,13 +11,20 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import create_small_table
+from pycocotools.coco import COCO
 
 from cbbl_d2.data.coco_format import clean_ground_truth
+from cbbl_d2.errors import ConfigError, UserError
+from cbbl_d2.messages import short
 
 # APvs counts the objects of at most this area, in square pixels of the original image. COCO's APs
 # reaches up to 32^2, and objects between 16 and 32 pixels can hide what happens below. AI-TOD draws
 # its line for "tiny" at 16 pixels as well, where a shift by one pixel already costs 0.12 of IoU.
 VERY_SMALL_AREA = 16**2
+
+# The points of a person: what COCO's own sigmas, which an empty TEST.KEYPOINT_OKS_SIGMAS stands
+# for, belong to.
+_NUM_COCO_KEYPOINTS = 17
 
 _COLUMNS = ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl")
 
@@ -26,7 +36,23 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
 
     As with APs, larger objects and unmatched larger detections neither count for nor against.
     ``APvs`` is NaN where the data set has no such object and where there are no predictions.
+
+    Masks and keypoints are evaluated where the predictions hold them, as Detectron2 does, and
+    where there is no prediction at all with the metrics NaN, as for boxes.
     """
+
+    def __init__(self, *args, expected_tasks=("bbox",), **kwargs):
+        """
+        Args:
+            expected_tasks: what the model predicts, of "bbox", "segm" and "keypoints"; asked for
+                where nothing was predicted. The other arguments are those of
+                :class:`COCOEvaluator`.
+        """
+        super().__init__(*args, **kwargs)
+        self._expected_tasks = sorted(expected_tasks)
+
+    def _tasks_from_predictions(self, predictions):
+        return super()._tasks_from_predictions(predictions) if predictions else self._expected_tasks
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
@@ -66,27 +92,98 @@ def build_coco_evaluator(
     """
     The evaluator for a data set in COCO format; runs with and without Detectron2's C++ extension.
 
+    Its results hold "bbox", with ``MODEL.MASK_ON`` also "segm", with ``MODEL.KEYPOINT_ON`` also
+    "keypoints". For masks and keypoints, too, the sizes of APs, APm, APl are the annotated areas.
+
     Args:
-        cfg: ``TEST.DETECTIONS_PER_IMAGE`` is read.
+        cfg: ``TEST.DETECTIONS_PER_IMAGE``, ``MODEL.MASK_ON``, ``MODEL.KEYPOINT_ON`` and what
+            :func:`check_keypoint_sigmas` reads.
         dataset_name: a registered data set. One that is made on first use is made here.
         output_folder: gets the predictions as COCO JSON; None writes none.
+
+    Raises:
+        ConfigError: see :func:`check_keypoint_sigmas`.
+        UserError: objects of the data set lack the masks or keypoints to compare with.
     """
+    check_keypoint_sigmas(cfg)
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file is not None and not os.path.isfile(json_file):
         DatasetCatalog.get(dataset_name)
     # COCO counts the best 100 detections of each class in an image. A model that is allowed more,
     # on images with hundreds of objects, would lose the rest without a word. Below 100 the model's
-    # own limit acts, and the metric keeps COCO's definition.
+    # own limit acts, and the metric keeps COCO's definition. (For keypoints it is 20, always.)
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    tasks = ["bbox"]
+    tasks += ["segm"] if cfg.MODEL.MASK_ON else []
+    tasks += ["keypoints"] if cfg.MODEL.KEYPOINT_ON else []
     evaluator = SmallObjectCOCOEvaluator(
         dataset_name,
         output_dir=output_folder,
         max_dets_per_image=limit if limit > 100 else None,
         use_fast_impl=_has_fast_evaluation(),
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        expected_tasks=tasks,
     )
     # The same boxes as in training: without those that cannot be used.
     clean_ground_truth(dataset_name, evaluator._coco_api)
+    _check_ground_truth(cfg, dataset_name, evaluator._coco_api)
     return evaluator
+
+
+def check_keypoint_sigmas(cfg: CfgNode) -> None:
+    """
+    Check, where the model predicts keypoints, that the metric can be computed.
+
+    Keypoint AP takes exp(-d^2 / (8 area sigma^2)), averaged over the keypoints, for the IoU: d is
+    the distance of a predicted keypoint from the true one, sigma how exactly this keypoint can be
+    located, relative to sqrt(area) (0.025 for an eye, 0.107 for a hip).
+
+    Args:
+        cfg: ``MODEL.KEYPOINT_ON``, ``MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS`` and
+            ``TEST.KEYPOINT_OKS_SIGMAS`` are read.
+
+    Raises:
+        ConfigError: there is not one sigma > 0 for each keypoint.
+    """
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    sigmas, number = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if not sigmas and number == _NUM_COCO_KEYPOINTS:
+        return
+    cure = "give one number > 0 for each keypoint, e.g. 0.05"
+    if len(sigmas) != number:
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers, but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: {cure}"
+        )
+    if not all(isinstance(sigma, (int, float)) and sigma > 0 for sigma in sigmas):
+        raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS = {short(sigmas)}: {cure}")
+
+
+def _check_ground_truth(cfg: CfgNode, dataset_name: str, coco: COCO) -> None:
+    """pycocotools and Detectron2 end in a KeyError or an assertion where a field is missing."""
+    where = f"data set {dataset_name}: annotation"
+    for annotation in coco.anns.values():
+        if cfg.MODEL.MASK_ON and not annotation.get("segmentation"):
+            raise UserError(
+                f"{where} {annotation['id']} has no segmentation: add it, or set MODEL.MASK_ON "
+                "False"
+            )
+        if not cfg.MODEL.KEYPOINT_ON:
+            continue
+        expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        number = len(annotation.get("keypoints") or []) // 3
+        if number != expected:
+            raise UserError(
+                f"{where} {annotation['id']} has {number} keypoints, but "
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {expected}: set it to the number of "
+                "keypoints of the data set, or MODEL.KEYPOINT_ON False"
+            )
+        if "num_keypoints" not in annotation:
+            raise UserError(
+                f"{where} {annotation['id']} has no num_keypoints: add the number of its "
+                "keypoints with a visibility > 0"
+            )
 
 
 def _has_fast_evaluation() -> bool:

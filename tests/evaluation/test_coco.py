@@ -1,6 +1,8 @@
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,9 +10,13 @@ pytest.importorskip("detectron2")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
+from detectron2.structures.masks import polygons_to_bitmask  # noqa: E402
 
-from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
+from cbbl_d2.data import SmallShapesSpec, register_coco_format, register_small_shapes  # noqa: E402
+from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
+from cbbl_d2.evaluation import build_coco_evaluator, check_keypoint_sigmas  # noqa: E402
+from cbbl_d2.evaluation import coco as coco_module  # noqa: E402
 
 NAME = "cbbl_test_boxes"
 SMALL, OTHER_SMALL = [10, 10, 20, 20], [40, 40, 56, 56]  # XYXY, areas 100 and 256
@@ -134,16 +140,183 @@ def test_the_metrics_of_detectron2_stay(evaluate):
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-a", "AP-b", "APvs"} == set(result)
 
 
-def test_data_made_on_first_use_is_made_for_the_evaluator(tmp_path):
-    from cbbl_d2.data import SmallShapesSpec, register_small_shapes
-
-    spec = SmallShapesSpec(num_train=1, num_val=1, num_test=1)
-    names = [f"evaluated_{split}" for split in ("train", "val", "test")]
+@pytest.fixture
+def shapes(tmp_path):
+    """``evaluated_val``: three images of SmallShapes, and where its COCO JSON will be."""
+    spec = SmallShapesSpec(num_train=1, num_val=3, num_test=1)
     register_small_shapes("evaluated", spec, root=str(tmp_path))
+    yield SimpleNamespace(
+        name="evaluated_val", json_file=MetadataCatalog["evaluated_val"].json_file
+    )
+    for split in ("train", "val", "test"):
+        DatasetCatalog.remove(f"evaluated_{split}")
+        MetadataCatalog.remove(f"evaluated_{split}")
+
+
+def test_data_made_on_first_use_is_made_for_the_evaluator(shapes):
+    evaluator = build_coco_evaluator(get_cfg(), shapes.name)
+    assert len(evaluator._coco_api.imgs) == 3
+
+
+# -- masks and keypoints ---------------------------------------------------------------------------
+
+
+def config(masks=False, keypoints=False, detections_per_image=100, sigma=0.05):
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = masks, keypoints
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 4
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [sigma] * 4
+    cfg.TEST.DETECTIONS_PER_IMAGE = detections_per_image
+    return cfg
+
+
+def ground_truth_as_predictions(record):
+    """All objects of a dataset dict, predicted as they are."""
+    annotations = record["annotations"]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    size = record["height"], record["width"]
+    masks = [
+        polygons_to_bitmask([np.array(p) for p in a["segmentation"]], *size) for a in annotations
+    ]
+    keypoints = torch.tensor([a["keypoints"] for a in annotations]).reshape(-1, 4, 3)
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
+    instances.scores = torch.linspace(0.9, 0.5, len(annotations))
+    instances.pred_masks = torch.from_numpy(np.stack(masks))
+    instances.pred_keypoints = keypoints
+    return instances
+
+
+def evaluate_instances(cfg, name, predict):
+    """``predict`` makes the instances from a dataset dict."""
+    evaluator = build_coco_evaluator(cfg, name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        evaluator.process([record], [{"instances": predict(record)}])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("limit", [50, 100, 150])
+def test_perfect_masks_and_keypoints(shapes, monkeypatch, fast, limit):
+    if fast and not coco_module._has_fast_evaluation():
+        pytest.skip("Detectron2 without its C++ extension")
+    monkeypatch.setattr(coco_module, "_has_fast_evaluation", lambda: fast)
+    cfg = config(True, True, limit)
+    results = evaluate_instances(cfg, shapes.name, ground_truth_as_predictions)
+    assert list(results) == ["bbox", "keypoints", "segm"]
+    for task in results:
+        assert results[task]["AP"] == pytest.approx(100)
+        assert results[task]["AP-ring"] == pytest.approx(100)
+    assert results["bbox"]["APvs"] == pytest.approx(100)
+    assert "APvs" not in results["segm"] and "APvs" not in results["keypoints"]
+
+
+def test_masks_are_compared_as_masks(shapes):
+    """Boxes in the place of the masks: right for no ring, and for some of the squares."""
+
+    def predict(record):
+        instances = ground_truth_as_predictions(record)
+        for mask, box in zip(instances.pred_masks, instances.pred_boxes.tensor, strict=True):
+            x0, y0, x1, y1 = box.round().int().tolist()
+            mask[y0:y1, x0:x1] = True
+        return instances
+
+    results = evaluate_instances(config(masks=True), shapes.name, predict)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] < 50
+    assert results["segm"]["AP-square"] > results["segm"]["AP-ring"]
+
+
+@pytest.mark.parametrize("sigma, found", [(0.02, 0), (0.2, 100)])
+def test_the_sigmas_say_how_far_a_keypoint_may_be_off(shapes, sigma, found):
+    """
+    All are a sixth of the object's size off: their similarity is exp(-(1/6)^2 / (8 sigma^2)), under
+    .001 with the first sigma and .92 with the second.
+    """
+
+    def predict(record):
+        instances = ground_truth_as_predictions(record)
+        step = instances.pred_boxes.area().sqrt() / 6
+        instances.pred_keypoints[:, :, 0] += step[:, None]
+        return instances
+
+    results = evaluate_instances(config(keypoints=True, sigma=sigma), shapes.name, predict)
+    assert results["keypoints"]["AP50"] == pytest.approx(found)
+
+
+def test_no_predictions_give_nan_for_each_task(shapes):
+    results = evaluate_instances(
+        config(True, True), shapes.name, lambda record: ground_truth_as_predictions(record)[:0]
+    )
+    assert list(results) == ["bbox", "keypoints", "segm"]
+    assert all(math.isnan(results[task]["AP"]) for task in results)
+
+
+def test_a_data_set_of_a_user_keeps_its_masks_and_keypoints(shapes, tmp_path):
+    """One whose boxes are cleaned, with an object of no size among them."""
+    DatasetCatalog.get(shapes.name)
+    with open(shapes.json_file) as f:
+        content = json.load(f)
+    empty = {**content["annotations"][0], "id": 10**6, "bbox": [5, 5, 0, 0]}
+    content["annotations"].append(empty)
+    (tmp_path / "user.json").write_text(json.dumps(content))
+    name = "cbbl_test_user"
+    image_root = MetadataCatalog.get(shapes.name).image_root
+    register_coco_format(name, str(tmp_path / "user.json"), image_root)
     try:
-        evaluator = build_coco_evaluator(get_cfg(), "evaluated_val")
-        assert len(evaluator._coco_api.imgs) == 1
+        results = evaluate_instances(config(True, True), name, ground_truth_as_predictions)
     finally:
-        for name in names:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert [round(results[task]["AP"], 6) for task in results] == [100, 100, 100]
+
+
+@pytest.mark.parametrize(
+    "sigmas, words",
+    [
+        ([], "TEST.KEYPOINT_OKS_SIGMAS has 0 numbers, but .*NUM_KEYPOINTS is 4"),
+        ([0.05] * 17, "TEST.KEYPOINT_OKS_SIGMAS has 17 numbers, but .*NUM_KEYPOINTS is 4"),
+        ([0.05, 0.05, 0, 0.05], "number > 0"),
+        ([0.05, 0.05, "a", 0.05], "number > 0"),
+    ],
+)
+def test_sigmas_that_do_not_fit_the_keypoints(shapes, sigmas, words):
+    cfg = config(keypoints=True)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
+    with pytest.raises(ConfigError, match=words) as e:
+        build_coco_evaluator(cfg, shapes.name)
+    assert "\n" not in str(e.value)
+    cfg.MODEL.KEYPOINT_ON = False
+    check_keypoint_sigmas(cfg)
+
+
+def test_no_sigmas_stand_for_those_of_coco():
+    cfg = config(keypoints=True)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS = 17, []
+    check_keypoint_sigmas(cfg)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("segmentation", [], "annotation 2 has no segmentation.*MODEL.MASK_ON False"),
+        ("keypoints", None, "annotation 2 has 0 keypoints.*NUM_KEYPOINTS is 4"),
+        ("keypoints", [1, 1, 2], "annotation 2 has 1 keypoints.*NUM_KEYPOINTS is 4"),
+        ("num_keypoints", None, "annotation 2 has no num_keypoints"),
+    ],
+)
+def test_ground_truth_without_what_the_model_predicts(shapes, field, value, words):
+    DatasetCatalog.get(shapes.name)
+    with open(shapes.json_file) as f:
+        content = json.load(f)
+    content["annotations"][1].pop(field)
+    if value is not None:
+        content["annotations"][1][field] = value
+    with open(shapes.json_file, "w") as f:
+        json.dump(content, f)
+    with pytest.raises(UserError, match=f"evaluated_val: {words}") as e:
+        build_coco_evaluator(config(True, True), shapes.name)
+    assert "\n" not in str(e.value)
+    build_coco_evaluator(config(), shapes.name)
