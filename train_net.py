@@ -6,16 +6,19 @@ Train or evaluate a detector with a C-BBL head, as Detectron2's own tools/train_
     python train_net.py --config-file configs/SmallShapes/cbbl.yaml --resume
     python train_net.py --config-file configs/SmallShapes/cbbl.yaml --eval-only \
         MODEL.WEIGHTS output/small_shapes_cbbl/model_best.pth
+
+A config file that ends in .py is one of Detectron2's Lazy configs; its overrides are key=value:
+
+    python train_net.py --config-file configs/SmallShapes/cbbl.py train.max_iter=300
 """
 
 import argparse
 import logging
 import os
-import sys
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -26,8 +29,18 @@ from fvcore.common.config import CfgNode
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets
-from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
+from cbbl_d2.engine import (
+    CBBLCheckpointer,
+    CBBLTrainer,
+    check_engine_config,
+    launch,
+    lazy,
+    load_config,
+    one_line_errors,
+)
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation import check_keypoint_sigmas
+from cbbl_d2.messages import count
 
 
 def load_and_check(args: argparse.Namespace) -> CfgNode:
@@ -37,6 +50,8 @@ def load_and_check(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     register_from_config(cfg)
     check_cbbl_config(cfg)
+    check_engine_config(cfg, max(1, args.num_gpus * args.num_machines), args.eval_only)
+    check_keypoint_sigmas(cfg)
     check_datasets(cfg, eval_only=args.eval_only)
     if args.eval_only:
         check_has_weights(cfg, args.resume)
@@ -63,11 +78,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(log_cfg, args)
     setup_logger(log_dir, distributed_rank=comm.get_rank(), name="cbbl_d2")
     if not torch.cuda.is_available():
-        logging.getLogger("cbbl_d2").info("No GPU found: running on the CPU.")
+        processes = count(comm.get_world_size(), "process", "processes")
+        logging.getLogger("cbbl_d2").info(f"No GPU found: running on the CPU in {processes}.")
     return cfg
 
 
-@one_line_errors
 def main(args: argparse.Namespace):
     cfg = setup(args)
     if args.eval_only:
@@ -83,6 +98,8 @@ def evaluate(cfg: CfgNode, resume: bool):
     checkpointer = CBBLCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
     extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = CBBLTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(CBBLTrainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
         # The same file and keys as in training; the iteration is that of the checkpoint.
@@ -96,26 +113,11 @@ def evaluate(cfg: CfgNode, resume: bool):
 
 @one_line_errors
 def run(args: argparse.Namespace) -> None:
-    num_gpus = torch.cuda.device_count()
-    if args.num_gpus > num_gpus and args.num_gpus * args.num_machines > 1:
-        raise UserError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: this machine has "
-            f"{num_gpus} GPUs that torch can use; "
-            + (f"use --num-gpus {num_gpus}" if num_gpus else "leave both out to run on the CPU")
-        )
+    is_lazy = args.config_file.endswith(".py")
     if args.num_gpus * args.num_machines > 1:
-        load_and_check(args)  # what is wrong is said once, before any process is started
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except torch.multiprocessing.ProcessExitedException as e:
-        sys.exit(e.exit_code)  # the process has said why
+        # What is wrong is said before any process is started.
+        (lazy.load_and_check if is_lazy else load_and_check)(args)
+    launch(lazy.main if is_lazy else main, args)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,11 @@ def check_cbbl_config(cfg: CN) -> None:
         _require(
             f"CASCADE.{key}",
             values,
-            len(values) in (0, num_stages) and all(ok(value) for value in values),
-            f"() or {num_stages} values, one for each stage, each {allowed}",
+            isinstance(values, (tuple, list))
+            and len(values) in (0, num_stages)
+            and all(ok(value) for value in values),
+            f"() or {num_stages} values, one for each stage of MODEL.ROI_BOX_CASCADE_HEAD.IOUS, "
+            f"each {allowed}",
         )
 
 

@@ -114,7 +114,8 @@ def train(study: Study, jobs: int) -> List[Run]:
                         ap = run.results().get(study.metrics[0], float("nan"))
                         bar.write(f"{run.name}, seed {run.seed}: {study.metrics[0]} {ap:.1f}")
                 done = sum(min(run.last_iteration(), run.max_iter) for run in study.runs)
-                bar.update(max(done - bar.n, 0))
+                if done > bar.n:  # or a log file would get a line each second
+                    bar.update(done - bar.n)
         finally:
             for process in running.values():
                 process.terminate()

@@ -129,6 +129,7 @@ def _node_with_num_classes(cfg: CfgNode) -> str | None:
     # Subclasses keep the names of Detectron2's architectures at the end of their own.
     for architecture, node in (
         ("GeneralizedRCNN", "ROI_HEADS"),
+        ("PanopticFPN", "ROI_HEADS"),  # of its things, the classes with boxes
         ("RetinaNet", "RETINANET"),
         ("FCOS", "FCOS"),
     ):

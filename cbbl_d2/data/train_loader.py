@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
@@ -70,26 +72,43 @@ class ResumableTrainLoader:
     place in mind that a checkpoint has set.
     """
 
-    def __init__(self, cfg, mapper=None):
+    @configurable
+    def __init__(self, *, dataset, mapper, sampler=None, aspect_ratio_grouping=True, **kwargs):
         """
         Args:
-            cfg: Detectron2 config.
-            mapper: callable from a dataset dict to the model's input; default: ``DatasetMapper``.
+            dataset, mapper, sampler, aspect_ratio_grouping, kwargs: as for Detectron2's
+                ``build_detection_train_loader``, whose ``total_batch_size`` is needed. Sampler
+                None: each epoch in a new random order.
+
+        Also callable as ``ResumableTrainLoader(cfg, mapper=None)``, by default with Detectron2's
+        ``DatasetMapper``.
         """
-        if mapper is None:
-            mapper = DatasetMapper(cfg, is_train=True)
-        self._args: dict[str, Any] = _train_loader_from_config(cfg, mapper=mapper)
         self._is_wide = None
         self._num_batches = 0
-        dataset = self._args["dataset"]
         if isinstance(dataset, list):
-            if self._args["aspect_ratio_grouping"]:
+            if aspect_ratio_grouping:
                 self._is_wide = [d["width"] > d["height"] for d in dataset]
+            if sampler is None:
+                # Here, as its seed belongs to the place in the data stream.
+                sampler = TrainingSampler(len(dataset))
             # Here and not later, so that the list is freed: on COCO it takes gigabytes, and once
             # more for each worker.
             dataset = DatasetFromList(dataset, copy=False)
             # Not Detectron2's MapDataset: see SkipBrokenImages.
-            self._args.update(dataset=SkipBrokenImages(dataset, mapper), mapper=None)
+            dataset, mapper = SkipBrokenImages(dataset, mapper), None
+        self._args: dict[str, Any] = dict(
+            kwargs,
+            dataset=dataset,
+            mapper=mapper,
+            sampler=sampler,
+            aspect_ratio_grouping=aspect_ratio_grouping,
+        )
+
+    @classmethod
+    def from_config(cls, cfg, mapper=None):
+        if mapper is None:
+            mapper = DatasetMapper(cfg, is_train=True)
+        return _train_loader_from_config(cfg, mapper=mapper)
 
     def __iter__(self):
         args = dict(self._args)

@@ -2,6 +2,16 @@
 
 from .checkpoint import CBBLCheckpointer, load_weights
 from .cli import load_config, one_line_errors
+from .config_checks import check_engine_config
+from .launch import launch
 from .trainer import CBBLTrainer
 
-__all__ = ["CBBLCheckpointer", "CBBLTrainer", "load_config", "load_weights", "one_line_errors"]
+__all__ = [
+    "CBBLCheckpointer",
+    "CBBLTrainer",
+    "check_engine_config",
+    "launch",
+    "load_config",
+    "load_weights",
+    "one_line_errors",
+]

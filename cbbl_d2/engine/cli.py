@@ -72,7 +72,7 @@ def one_line_errors(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as e:
-            print(f"error: {_message(e)}", file=sys.stderr)
+            print(f"error: {error_message(e)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -81,7 +81,8 @@ def one_line_errors(main: Callable) -> Callable:
     return wrapped
 
 
-def _message(error: UserError) -> str:
+def error_message(error: UserError) -> str:
+    """The one line that the user reads, also of an error from a worker of a data loader."""
     # A data loader's worker sends its whole traceback as the message; the last line is ours.
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Original Traceback" in str(error):

@@ -1,6 +1,6 @@
 """Training hooks: what Detectron2's checkpoints lack to resume exactly, and the best model."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -17,20 +17,36 @@ class ResumeState(HookBase):
     """
     Keeps in each checkpoint the place in the data stream, the random number generators and the
     values over which the logged losses are smoothed. With them, a resumed run logs the same losses
-    as one that was never interrupted. Several processes: the generators are not restored, since
-    only those of the first process are in the checkpoint.
+    as one that was never interrupted, given as many processes.
+
+    To be registered on all processes, after all hooks that draw random numbers and before the one
+    that writes checkpoints.
     """
 
-    def __init__(self, data_loader: ResumableTrainLoader):
+    def __init__(self, data_loader: ResumableTrainLoader, checkpoint_period: int):
+        """
+        Args:
+            checkpoint_period: in iterations; a checkpoint is also written after the last one.
+        """
         self._data_loader = data_loader
+        self._checkpoint_period = checkpoint_period
+        self._rng_of_all: Optional[List[Dict[str, Any]]] = None
         self._loaded: Optional[Dict[str, Any]] = None
+
+    def after_step(self) -> None:
+        # Only the main process writes checkpoints: here all of them are still together.
+        done = self.trainer.iter + 1
+        if comm.get_world_size() > 1 and (
+            done % self._checkpoint_period == 0 or done >= self.trainer.max_iter
+        ):
+            self._rng_of_all = comm.gather(rng_state())
 
     def state_dict(self) -> Dict[str, Any]:
         storage = self.trainer.storage
         hints = storage.smoothing_hints()
         return {
             "data": self._data_loader.state_dict(),
-            "rng": rng_state(),
+            "rng": self._rng_of_all or rng_state(),
             "scalars": {
                 name: [[float(v), int(i)] for v, i in history.values()[-_SMOOTHING_WINDOW:]]
                 for name, history in storage.histories().items()
@@ -53,8 +69,10 @@ class ResumeState(HookBase):
                 storage.put_scalar(name, value)
         storage.iter = now
         # Last: nothing may be drawn between here and the first iteration.
-        if comm.get_world_size() == 1:
-            set_rng_state(self._loaded["rng"])
+        rng = self._loaded["rng"]
+        rng_of_all = rng if isinstance(rng, list) else [rng]
+        if len(rng_of_all) == comm.get_world_size():
+            set_rng_state(rng_of_all[comm.get_rank()])
         self._loaded = None
 
 

@@ -1,11 +1,14 @@
 """Detectron2's DefaultTrainer with COCO evaluation by size and with exact resuming."""
 
+import functools
 import logging
 import os
+from contextlib import contextmanager
 from typing import Any, Dict
 
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -29,9 +32,16 @@ class CBBLTrainer(DefaultTrainer):
 
     * AP, AP50, AP75, APs, APm, APl and APvs (very small objects) on ``cfg.DATASETS.TEST``;
     * the model of the best AP as ``model_best.pth``;
+    * with ``cfg.TEST.AUG.ENABLED``, one more evaluation after training, with test-time
+      augmentation;
+    * several processes on the CPU, where ``launch`` can start them;
     * checkpoints that are never half written, and that hold all that a resumed run needs, on
       Detectron2 v0.6, which leaves out the optimizer, as on main.
     """
+
+    def __init__(self, cfg):
+        with _ddp_model_on(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
 
     def build_hooks(self):
         # DefaultTrainer names the class of its checkpointer in the middle of __init__; this is
@@ -40,11 +50,16 @@ class CBBLTrainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
         ret = super().build_hooks()
-        ret.insert(0, ResumeState(self._trainer.data_loader))
+        after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
+        # In these all processes take part.
+        added = [ResumeState(self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD)]
+        if self.cfg.TEST.AUG.ENABLED and len(self.cfg.DATASETS.TEST) > 0:
+            test = functools.partial(self.test_with_TTA, self.cfg, self.model)
+            added.insert(0, hooks.EvalHook(0, test))
+        ret[after_eval:after_eval] = added
         if not comm.is_main_process():
             return ret
         if len(self.cfg.DATASETS.TEST) > 0:
-            after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
             ret.insert(after_eval, self._build_best_checkpointer())
         # Detectron2 writes the checkpoint of an iteration before its evaluation. A run that dies
         # in the evaluation would be resumed after it, and its result be lost. (The last evaluation
@@ -63,7 +78,14 @@ class CBBLTrainer(DefaultTrainer):
         return BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        if resume and not self.checkpointer.has_checkpoint():
+        found = comm.all_gather(self.checkpointer.has_checkpoint())
+        if resume and len(set(found)) > 1:
+            raise UserError(
+                f"--resume: process {found.index(True)} finds a checkpoint in OUTPUT_DIR, "
+                f"{self.cfg.OUTPUT_DIR}, and process {found.index(False)} does not: all machines "
+                "must share this folder"
+            )
+        if resume and not found[0]:
             logger.warning(
                 f"--resume: no checkpoint in {self.cfg.OUTPUT_DIR}, training starts from the "
                 "beginning"
@@ -75,8 +97,7 @@ class CBBLTrainer(DefaultTrainer):
             return super().train()
         # Resumed after its last iteration; its evaluation may not have been finished.
         logger.info(
-            f"All {self.max_iter} iterations are done: evaluating. To train on, raise "
-            "SOLVER.MAX_ITER"
+            f"All {self.max_iter} iterations are done: evaluating. To train on, raise their number"
         )
         self.iter = self.max_iter
         with EventStorage(self.max_iter) as self.storage:
@@ -113,11 +134,43 @@ class CBBLTrainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return build_coco_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        if output_folder is None:
+            output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return build_coco_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         # Training goes on with the numbers it would have drawn without the evaluation.
         with preserve_rng():
             return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model) -> Dict[str, Any]:
+        """
+        Evaluate with Detectron2's test-time augmentation, ``cfg.TEST.AUG``.
+
+        Returns:
+            The results of :meth:`test` with ``_TTA`` at the end of each key, as Detectron2's
+            ``tools/train_net.py`` names them.
+        """
+        logger.info("Running inference with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
+
+
+@contextmanager
+def _ddp_model_on(device: str):
+    """
+    ``DefaultTrainer`` makes the model parallel in the middle of its ``__init__`` and puts it on
+    the GPU of its rank. For a model on the CPU, torch refuses any GPU.
+    """
+    original = defaults.create_ddp_model
+    if device == "cpu":
+        defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = original

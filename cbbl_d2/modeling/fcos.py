@@ -69,7 +69,7 @@ class ConfigurableFCOS(FCOS):
                 input_shape=input_shape,
                 num_classes=c.NUM_CLASSES,
                 conv_dims=[input_shape[0].channels] * c.NUM_CONVS,
-                norm=_norm(c.NORM),
+                norm=dense_head_norm(c.NORM),
                 prior_prob=c.PRIOR_PROB,
             ),
             "head_in_features": c.IN_FEATURES,
@@ -183,10 +183,14 @@ def _one_that_matches_nothing(image: Instances) -> Instances:
     )
 
 
-def _norm(name: str):
+def dense_head_norm(name: str):
     """
-    Detectron2 v0.6 tries the normalisation of its dense heads on one channel, which GN refuses: it
-    has 32 groups.
+    Args:
+        name: as for Detectron2's ``get_norm``.
+
+    Returns:
+        What an ``FCOSHead`` can take as its ``norm``. Detectron2 v0.6 tries the normalisation of
+        its dense heads on one channel, which GN refuses: it has 32 groups.
     """
     if name != "GN":
         return name

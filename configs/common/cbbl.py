@@ -16,7 +16,7 @@ from cbbl_d2.modeling import (
     CBBLRetinaNet,
     LocalizationLoss,
 )
-from cbbl_d2.modeling.fcos import _norm
+from cbbl_d2.modeling.fcos import dense_head_norm
 
 # The grids cover the offsets after the weights of the box transform; that of FCOS the distances to
 # the sides of a box in strides. The meaning of each value: cbbl_d2/config.py.
@@ -58,7 +58,7 @@ def cbbl_fcos(model) -> None:
     _localize_by_cbbl(model, CBBLFCOS, _FCOS_GRID)
     model.box_reg_loss_weight = _DENSE_LOSS_WEIGHT
     # Detectron2 v0.6 has no FCOS with "GN" as it stands in its own config.
-    model.head.norm = L(_norm)(name="GN")
+    model.head.norm = L(dense_head_norm)(name="GN")
 
 
 def _localize_by_cbbl(part, target, grid) -> None:

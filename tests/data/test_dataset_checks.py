@@ -6,14 +6,17 @@ pytest.importorskip("detectron2")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
 
+from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
-from cbbl_d2.data.dataset_checks import check_datasets, check_num_classes  # noqa: E402
+from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
 from cbbl_d2.errors import ConfigError  # noqa: E402
 
 
 def make_cfg(train=(), test=(), num_classes=2):
     cfg = get_cfg()
+    add_cbbl_config(cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
     return cfg
@@ -33,14 +36,42 @@ def test_number_of_classes(register, content):
         f"MODEL.ROI_HEADS.NUM_CLASSES = 80, but data set {name} has 2 classes (car, ship): "
         "set MODEL.ROI_HEADS.NUM_CLASSES 2"
     )
-    cfg = make_cfg([name])
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.RETINANET.NUM_CLASSES = 3
-    with pytest.raises(ConfigError, match="MODEL.RETINANET.NUM_CLASSES = 3, but .* 2 classes"):
-        check_num_classes(cfg)
-    cfg.MODEL.RETINANET.NUM_CLASSES = 2
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80  # not read by this architecture
-    check_num_classes(cfg)
+
+
+@pytest.mark.parametrize(
+    "architecture, node",
+    [
+        ("GeneralizedRCNN", "ROI_HEADS"),
+        ("PanopticFPN", "ROI_HEADS"),
+        ("RetinaNet", "RETINANET"),
+        ("CBBLRetinaNet", "RETINANET"),
+        ("ConfigurableFCOS", "FCOS"),
+        ("CBBLFCOS", "FCOS"),
+    ],
+)
+def test_each_architecture_has_its_own_number_of_classes(register, content, architecture, node):
+    assert architecture in META_ARCH_REGISTRY
+    cfg = make_cfg([register(content)], num_classes=80)
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL[node].NUM_CLASSES = 3
+    with pytest.raises(ConfigError, match=f"MODEL.{node}.NUM_CLASSES = 3, but .* 2 classes"):
+        check_datasets(cfg)
+    cfg.MODEL[node].NUM_CLASSES = 2  # the others stay at 80: this architecture does not read them
+    check_datasets(cfg)
+
+
+@pytest.mark.parametrize("architecture", ["ProposalNetwork", "SemanticSegmentor", "SomebodysOwn"])
+def test_architectures_without_a_known_number_of_classes_pass(register, content, architecture):
+    cfg = make_cfg([register(content)], num_classes=80)
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    check_datasets(cfg)
+
+
+def test_fcos_without_this_project_s_keys_passes(register, content):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (register(content),)
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    check_datasets(cfg)
 
 
 def test_same_number_but_other_classes(register, folder, new_name, content):

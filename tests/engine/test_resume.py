@@ -138,7 +138,8 @@ def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
             stderr=log,
         )
         deadline = time.time() + 300
-        while not (output / "model_0000005.pth").exists():
+        # Then the one before it, of iteration 5, is named in last_checkpoint, too.
+        while not (output / "model_0000008.pth").exists():
             assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

@@ -1,0 +1,64 @@
+"""Detectron2's own keys for training and testing that would fail late, or in many words."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+from cbbl_d2.errors import ConfigError
+
+
+def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
+    """
+    Args:
+        num_processes: on all machines together.
+        eval_only: do not check what only training reads.
+
+    Raises:
+        ConfigError: a value that this machine, this number of processes or this model rules out.
+    """
+    _check_test_time_augmentation(cfg)
+    if num_processes > 1 and cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE = cpu: {num_processes} processes of a machine with GPUs talk over them; "
+            "use MODEL.DEVICE cuda, or hide the GPUs: CUDA_VISIBLE_DEVICES= python ..."
+        )
+    if eval_only:
+        return
+    _check_batch_size(cfg, num_processes)
+    if cfg.SOLVER.AMP.ENABLED and (cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError(
+            "SOLVER.AMP.ENABLED = True: Detectron2's mixed precision training needs a CUDA GPU, "
+            "and this run is on the CPU: set SOLVER.AMP.ENABLED False"
+        )
+
+
+def _check_test_time_augmentation(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    name = cfg.MODEL.META_ARCHITECTURE
+    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    if isinstance(architecture, type) and not issubclass(architecture, GeneralizedRCNN):
+        raise ConfigError(
+            f"TEST.AUG.ENABLED = True: Detectron2's test-time augmentation supports "
+            f"GeneralizedRCNN only, not MODEL.META_ARCHITECTURE {name}: set TEST.AUG.ENABLED False"
+        )
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise ConfigError(
+                "TEST.AUG.ENABLED = True: Detectron2's test-time augmentation does not support "
+                f"MODEL.{key} True: set TEST.AUG.ENABLED False"
+            )
+
+
+def _check_batch_size(cfg: CfgNode, num_processes: int) -> None:
+    batch_size, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    # Detectron2 multiplies the batch by num_processes / reference, if there is a reference.
+    if batch_size < 1 or batch_size % (reference or num_processes):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {batch_size}: must be a positive multiple of "
+            + (
+                f"SOLVER.REFERENCE_WORLD_SIZE, {reference}"
+                if reference
+                else f"the number of processes, {num_processes}"
+            )
+        )

@@ -1,0 +1,110 @@
+"""Detectron2's ``launch``, on GPUs or on the CPU, whose processes end in one line together."""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import sys
+from typing import Any, Callable
+
+import torch
+from detectron2.engine import launch as detectron2_launch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from cbbl_d2.errors import UserError
+
+from .cli import error_message
+
+# Conventional exit status of a process that Ctrl-C has ended.
+_INTERRUPTED = 130
+
+
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """
+    Run ``main(args)`` in ``args.num_gpus`` processes on each of ``args.num_machines`` machines; in
+    this process if that makes one. Where torch finds no GPU the processes share the CPU and talk
+    over gloo, which Detectron2's main branch can and v0.6 cannot.
+
+    Args:
+        main: an importable function: each process is started anew.
+        args: from Detectron2's ``default_argument_parser``.
+
+    Raises:
+        UserError: that of the process which raised one first; too few GPUs; the processes cannot
+            start; one was killed.
+    """
+    if args.num_gpus * args.num_machines <= 1:
+        main(args)
+        return
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < args.num_gpus:
+        raise UserError(
+            f"--num-gpus {args.num_gpus}: this machine has {num_gpus} GPUs that torch can use; "
+            f"use --num-gpus {num_gpus}"
+        )
+    # torch would announce each process that it ends after another one has failed.
+    logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
+    # When one process fails, the others fail in turn, having lost it. The first error is the cause.
+    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        detectron2_launch(
+            _run_process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args, errors),
+        )
+    except KeyboardInterrupt:
+        _terminate_children()
+        raise
+    except (ProcessExitedException, ProcessRaisedException) as e:
+        if not errors.empty():
+            raise UserError(errors.get()) from e
+        _explain(e, args)
+        raise
+
+
+def _run_process(main: Callable, args: argparse.Namespace, errors) -> None:
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # Each process would start a thread for every core, and they would wait for each other.
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
+    try:
+        main(args)
+    except UserError as e:
+        errors.put(error_message(e))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def _terminate_children() -> None:
+    # Ctrl-C reaches them as well, but a signal sent to this process alone does not: Python would
+    # wait for the end of their training.
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
+def _explain(error: Exception, args: argparse.Namespace) -> None:
+    """Raises what the user should read instead of ``error``, if that is no bug."""
+    # Which Detectron2 needs CUDA to start processes can only be learned by trying: it is an
+    # assertion inside their first function.
+    if not torch.cuda.is_available() and "cuda is not available" in str(error):
+        raise UserError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: there is no GPU, and "
+            "the installed Detectron2 (v0.6) cannot start several processes without; its main "
+            "branch can. Leave both out to run in one process on the CPU"
+        ) from error
+    if "EADDRINUSE" in str(error):
+        raise UserError(
+            f"--dist-url {args.dist_url}: another program, maybe another training, uses this port: "
+            "choose a free one" + (", or --dist-url auto" if args.num_machines == 1 else "")
+        ) from error
+    if isinstance(error, ProcessExitedException):
+        if error.exit_code == _INTERRUPTED:
+            raise KeyboardInterrupt from error
+        if error.signal_name:
+            raise UserError(
+                f"{error}, maybe for lack of memory: lower SOLVER.IMS_PER_BATCH, or go on with "
+                "--resume"
+            ) from error

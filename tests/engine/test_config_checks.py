@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from cbbl_d2.engine import check_engine_config
+from cbbl_d2.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "batch_size, reference, processes, ok",
+    [
+        (6, 0, 1, True),
+        (6, 0, 3, True),
+        (6, 0, 4, False),
+        (0, 0, 1, False),
+        (6, 2, 4, True),  # Detectron2 makes it 12
+        (6, 4, 2, False),
+    ],
+)
+def test_the_batch_is_shared_out_evenly(tiny_cfg, batch_size, reference, processes, ok):
+    tiny_cfg.SOLVER.IMS_PER_BATCH = batch_size
+    tiny_cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
+    check_engine_config(tiny_cfg, processes, eval_only=True)  # it has no such batch
+    if ok:
+        check_engine_config(tiny_cfg, processes)
+        return
+    with pytest.raises(ConfigError, match=f"SOLVER.IMS_PER_BATCH = {batch_size}: must be .* [14]$"):
+        check_engine_config(tiny_cfg, processes)
+
+
+def test_mixed_precision_on_the_cpu(tiny_cfg):
+    tiny_cfg.MODEL.DEVICE = "cpu"
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    with pytest.raises(ConfigError, match="SOLVER.AMP.ENABLED = True: .* GPU"):
+        check_engine_config(tiny_cfg)
+    check_engine_config(tiny_cfg, eval_only=True)  # a model from a GPU can be evaluated here
+
+
+@pytest.mark.parametrize("architecture", ("RetinaNet", "CBBLRetinaNet", "ProposalNetwork"))
+def test_augmentation_needs_a_generalized_rcnn(tiny_cfg, architecture):
+    tiny_cfg.TEST.AUG.ENABLED = True
+    check_engine_config(tiny_cfg)
+    tiny_cfg.MODEL.META_ARCHITECTURE = architecture
+    for eval_only in (False, True):
+        with pytest.raises(ConfigError, match=f"TEST.AUG.ENABLED = True: .* {architecture}: set"):
+            check_engine_config(tiny_cfg, eval_only=eval_only)
+    tiny_cfg.TEST.AUG.ENABLED = False
+    check_engine_config(tiny_cfg)
+
+
+@pytest.mark.parametrize("key", ("KEYPOINT_ON", "LOAD_PROPOSALS"))
+def test_augmentation_of_keypoints_and_loaded_proposals(tiny_cfg, key):
+    tiny_cfg.TEST.AUG.ENABLED = True
+    tiny_cfg.MODEL[key] = True
+    with pytest.raises(ConfigError, match=f"TEST.AUG.ENABLED = True: .* MODEL.{key} True: set"):
+        check_engine_config(tiny_cfg)
+
+
+def test_processes_on_the_cpu_of_a_machine_with_gpus(tiny_cfg, monkeypatch):
+    tiny_cfg.MODEL.DEVICE = "cpu"
+    check_engine_config(tiny_cfg, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_engine_config(tiny_cfg, 1)
+    with pytest.raises(ConfigError, match="MODEL.DEVICE = cpu: .* CUDA_VISIBLE_DEVICES="):
+        check_engine_config(tiny_cfg, 2)
