@@ -339,7 +339,7 @@ def test_by_the_command_line(tmp_path):
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": REPOSITORY,
+            "PYTHONPATH": os.path.join(SMALL, "..", ".."),
         },
         capture_output=True,
         text=True,

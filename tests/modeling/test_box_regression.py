@@ -1,9 +1,9 @@
 import pytest
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 from cbbl_d2.distribution import exponential_grid, two_hot
-from cbbl_d2.modeling import CBBLBox2BoxTransform
+from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -78,3 +78,47 @@ def test_half_precision_logits_decode_in_float32():
         decoded = transform.apply_deltas(logits, boxes)
     assert decoded.dtype == torch.float32
     assert torch.allclose(decoded, transform.apply_deltas(logits.float(), boxes))
+
+
+# -- distances -------------------------------------------------------------------------------------
+
+
+def points_in_boxes(num=200, stride=8.0, reach=7.9):
+    """Squares of a stride around points, and boxes that reach up to so many strides from them."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(num, 2, generator=generator) * 300
+    squares = torch.cat((points - stride / 2, points + stride / 2), dim=1)
+    distances = torch.rand(num, 4, generator=generator) * reach * stride
+    return squares, points.repeat(1, 2) + distances * torch.tensor([-1, -1, 1, 1])
+
+
+@pytest.mark.parametrize("num_intervals", (2, 5, 16))
+def test_linear_decoding_inverts_encoding(num_intervals):
+    transform = CBBLBox2BoxTransformLinear(
+        exponential_grid(8.0, 0.25, num_intervals, one_sided=True)
+    )
+    squares, targets = points_in_boxes()
+    offsets = transform.get_deltas(squares, targets)
+    assert torch.equal(offsets, Box2BoxTransformLinear().get_deltas(squares, targets))
+    decoded = transform.apply_deltas(code_logits(offsets, transform.grid), squares)
+    assert torch.allclose(decoded, targets, rtol=0, atol=1e-3)
+
+
+def test_linear_sides_do_not_mix():
+    transform = CBBLBox2BoxTransformLinear(exponential_grid(8.0, 0.25, 16, one_sided=True))
+    squares, _ = points_in_boxes(1)
+    even = transform.apply_deltas(torch.zeros(1, 4 * 17), squares)
+    for side in range(4):  # left, top, right, bottom
+        logits = torch.zeros(1, 4, 17)
+        logits[0, side, -1] = 100.0  # 8 strides of 8 px
+        moved = transform.apply_deltas(logits.flatten(1), squares) - even
+        assert (moved[0].abs() > 1e-3).tolist() == [i == side for i in range(4)]
+        point = squares.unflatten(1, (2, 2)).mean(1)[0, side % 2]
+        assert (even + moved)[0, side].item() == pytest.approx(
+            point.item() + (-64 if side < 2 else 64), abs=1e-3
+        )
+
+
+def test_a_grid_of_distances_starts_at_zero():
+    with pytest.raises(ValueError, match="one-sided grid.* from -5"):
+        CBBLBox2BoxTransformLinear(exponential_grid(5.0, 1.0, 5))

@@ -248,18 +248,6 @@ def test_a_region_with_nan_logits_is_dropped(agnostic):
     assert torch.isfinite(results[0].pred_boxes.tensor).all()
 
 
-def test_autocast_loss_is_close_to_float32():
-    predictor = head()
-    features, images = torch.randn(20, 16), [sample_proposals()]
-    with EventStorage():
-        exact = predictor.losses(predictor(features), images)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = predictor.losses(predictor(features), images)
-    for name in ("loss_box_reg", "loss_box_uncertainty"):
-        assert half[name].dtype == torch.float32
-        assert half[name].item() == pytest.approx(exact[name].item(), rel=0.01)
-
-
 @pytest.mark.parametrize("agnostic", (True, False))
 @pytest.mark.parametrize("label", ("two_hot", "one_hot"))
 def test_the_head_learns_boxes(agnostic, label):

@@ -1,0 +1,204 @@
+"""The laws that every detector with C-BBL obeys."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from cbbl_d2.engine import CBBLCheckpointer
+from cbbl_d2.modeling import LocalizationLoss
+
+from .detectors import DETECTORS, batch, build, localisation_layers, set_score_threshold
+
+pytestmark = pytest.mark.parametrize("name", DETECTORS)
+
+LOCALISATION = ("box_reg", "rpn_loc", "fcos_loc", "uncertainty", "giou")
+
+
+def train(model, inputs, seed=0):
+    """Losses and the scalars of the event storage."""
+    torch.manual_seed(seed)  # of the sampling of anchors and regions
+    with EventStorage() as storage:
+        losses = model(inputs)
+    return losses, storage.latest()
+
+
+@pytest.mark.parametrize("num_objects", ((3, 2), (0, 0), (3, 0)))
+def test_training_step(name, num_objects):
+    model = build(name)
+    losses, scalars = train(model, batch(*num_objects))
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    for parameter, value in model.named_parameters():
+        assert value.grad is None or torch.isfinite(value.grad).all(), parameter
+    for layer in localisation_layers(name, model):
+        for parameter in layer.parameters():
+            assert (parameter.grad.abs().max() > 0) == any(num_objects)
+    for prefix in DETECTORS[name].prefixes:
+        for scalar in ("clipped_fraction", "entropy_gap", "offset_l1"):
+            assert (f"{prefix}/{scalar}" in scalars) == any(num_objects)
+
+
+def test_names_of_the_losses(name):
+    model = build(name)
+    stock, _ = train(build(name, stock=True), batch(2))
+    for uncertainty, giou_weight in (("none", 0.0), ("entropy", 0.0), ("entropy_gap", 1.0)):
+        for module in model.modules():
+            if hasattr(module, "localization_loss"):
+                module.localization_loss = LocalizationLoss(
+                    uncertainty=uncertainty, giou_weight=giou_weight
+                )
+        losses, _ = train(model, batch(2))
+        more = [x for x in losses if x not in stock]
+        assert set(losses) == {*stock, *more}
+        num_layers = len(DETECTORS[name].new_layers)
+        expected = {
+            "uncertainty": num_layers * (uncertainty != "none"),
+            "giou": num_layers * (giou_weight > 0),
+        }
+        for term, number in expected.items():
+            assert sum(term in x for x in more) == number
+        assert len(more) == sum(expected.values())
+
+
+def test_stock_weights_load_and_the_other_losses_are_the_stock_ones(name, tmp_path, caplog):
+    stock, model = build(name, stock=True), build(name)
+    torch.manual_seed(1)
+    for parameter in stock.parameters():  # initialised alike otherwise
+        parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    CBBLCheckpointer(stock, str(tmp_path)).save("stock")
+    caplog.set_level("INFO")
+    CBBLCheckpointer(model).load(str(tmp_path / "stock.pth"))
+
+    new_layers = DETECTORS[name].new_layers
+    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    assert sorted(line.rpartition(": ")[2].split(", ")) == sorted(new_layers)
+    for key, value in model.state_dict().items():
+        is_new = key.rpartition(".")[0] in new_layers
+        assert torch.equal(value, before[key] if is_new else stock.state_dict()[key]), key
+
+    expected, _ = train(stock, batch(3, 0))
+    losses, _ = train(model, batch(3, 0))
+    for loss in DETECTORS[name].same_losses:
+        assert torch.equal(losses[loss], expected[loss]), loss
+
+
+@pytest.mark.parametrize("init_std", (0.0, 0.7))
+def test_an_untrained_layer_decodes_to_its_source_boxes(name, init_std, decoded):
+    keys = ("", "RPN__", "RETINANET__", "FCOS__")
+    model = build(name, **{f"MODEL__CBBL__{key}INIT_STD": init_std for key in keys}).eval()
+    for layer in localisation_layers(name, model):
+        torch.nn.init.zeros_(layer.weight)
+    set_score_threshold(model, 0.0)
+    with torch.no_grad():
+        model(batch(0, 0))
+    assert sum(len(boxes) for boxes, _ in decoded) >= 60
+    for source, boxes in decoded:
+        boxes = boxes.view(len(source), -1, 4)
+        source = source[:, None].expand_as(boxes)
+        if name == "fcos":  # distances are positive: a box around the point
+            point, stride = source.unflatten(-1, (2, 2)).mean(-2), source[..., 2:] - source[..., :2]
+            assert (boxes[..., :2] < point).all() and (point < boxes[..., 2:]).all()
+            size = (boxes[..., 2:] - boxes[..., :2]) / stride
+            alpha = model.box2box_transform.grid[-1]
+            assert (size > (0 if init_std else 1)).all() and (size < 2 * alpha).all()
+        else:
+            assert torch.allclose(boxes, source, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("pixels", ("zeros", "noise"))
+def test_inference(name, pixels):
+    model = build(name).eval()
+    inputs = batch(0, 0)
+    if pixels == "zeros":
+        for x in inputs:
+            x["image"].zero_()
+    set_score_threshold(model, 0.0)
+    with torch.no_grad():
+        results = model(inputs)
+    for x, result in zip(inputs, results):
+        instances = result["instances"]
+        assert len(instances) > 10
+        boxes = instances.pred_boxes.tensor
+        _, height, width = x["image"].shape
+        assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
+        assert instances.has("pred_masks") == (name == "mask")
+        assert instances.has("pred_keypoints") == (name == "keypoint")
+
+    set_score_threshold(model, 1.0)
+    with torch.no_grad():
+        results = model(inputs)
+    assert [len(x["instances"]) for x in results] == [0, 0]
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """
+    ``given(model, inputs)``: from now on the model gets these features and proposals, computed in
+    float32. What half precision does to a backbone is not the heads' affair.
+    """
+
+    def freeze(model, inputs):
+        with torch.no_grad():
+            images = model.preprocess_image(inputs)
+            features = model.backbone(images.tensor)
+            monkeypatch.setattr(model.backbone, "forward", lambda images: features)
+            if hasattr(model, "proposal_generator"):
+                model.proposal_generator.eval()
+                proposals, _ = model.proposal_generator(images, features)
+                model.proposal_generator.train()
+                monkeypatch.setattr(
+                    model.proposal_generator, "predict_proposals", lambda *args: proposals
+                )
+
+    return freeze
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast(name, dtype, given):
+    model, inputs = build(name), batch(3, 2)
+    torch.manual_seed(0)
+    for layer in localisation_layers(name, model):  # logits that are no longer all alike
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    given(model, inputs)
+    # A copy: dense detectors normalise by a moving average over the calls.
+    exact, _ = train(copy.deepcopy(model), inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        half, _ = train(model, inputs)
+    assert set(half) == set(exact)
+    for loss in half:
+        assert torch.isfinite(half[loss]), loss
+        if any(x in loss for x in LOCALISATION):
+            assert half[loss].dtype == torch.float32
+            if loss.endswith(("_stage1", "_stage2")):
+                continue  # of other regions: rounded boxes of the stage before may match otherwise
+            assert half[loss].item() == pytest.approx(exact[loss].item(), rel=0.01, abs=1e-6), loss
+    sum(half.values()).backward()
+    for layer in localisation_layers(name, model):
+        assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_the_loss_is_in_float32_under_autocast(name, monkeypatch):
+    """Half-precision logits, whatever computed them, cost their own rounding and nothing else."""
+    calls = []
+    original = LocalizationLoss.__call__
+    monkeypatch.setattr(
+        LocalizationLoss,
+        "__call__",
+        lambda self, transform, logits, *args, **kwargs: (
+            calls.append((self, transform, logits.shape, args))
+            or original(self, transform, logits, *args, **kwargs)
+        ),
+    )
+    train(build(name), batch(3, 2))
+    assert len(calls) == len(DETECTORS[name].new_layers)
+    for loss, transform, shape, boxes in calls:
+        logits = (torch.randn(shape) * 3).bfloat16()
+        with EventStorage():
+            expected = original(loss, transform, logits.float(), *boxes)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                terms = original(loss, transform, logits, *boxes)
+        assert terms.dtype == torch.float32
+        assert torch.allclose(terms, expected, rtol=1e-5)
