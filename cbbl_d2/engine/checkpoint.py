@@ -12,6 +12,9 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 
+# Key of the grids in a checkpoint.
+_GRIDS = "cbbl_grids"
+
 
 class _AtomicPathManager:
     """
@@ -38,7 +41,10 @@ class CBBLCheckpointer(DetectionCheckpointer):
     * no weight of the model is in the file: :class:`UserError`;
     * some are not (a stock Faster R-CNN loaded into a C-BBL model, another number of classes):
       one log line names the layers that start anew, or, with ``require_all``,
-      :class:`UserError`.
+      :class:`UserError`;
+    * a C-BBL layer whose weights in the file are for another grid, or for no grid at all, counts
+      as one of these. Their shape alone may fit: that of a stock layer for 6 classes fits a grid
+      of 6 points.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, require_all=False, **kwargs: Any):
@@ -62,6 +68,9 @@ class CBBLCheckpointer(DetectionCheckpointer):
             raise
         except OSError as e:
             raise UserError(f"{path}: cannot load these weights (MODEL.WEIGHTS): {e}") from e
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        super().save(name, **kwargs, **{_GRIDS: self._grids()})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         if not (resume and self.has_checkpoint()):
@@ -91,7 +100,36 @@ class CBBLCheckpointer(DetectionCheckpointer):
             )
         return loaded
 
+    def _grids(self) -> Dict[str, torch.Tensor]:
+        """For each C-BBL layer of the model the grid that its logits belong to."""
+        model = getattr(self.model, "module", self.model)
+        return {
+            name: module.grid.cpu()
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "grid", None), torch.Tensor)
+        }
+
+    def _drop_other_grids(self, checkpoint: Dict[str, Any]) -> None:
+        """Take out of the weights those of layers with another grid than in the model."""
+        saved = checkpoint.pop(_GRIDS, {})
+        for layer, grid in self._grids().items():
+            other = saved.get(layer)
+            if other is not None and other.shape == grid.shape and torch.allclose(other, grid):
+                continue
+            if other is not None and self.require_all:
+                raise UserError(
+                    f"{self._path}: its {layer} was trained on the grid {_points(other)}, this "
+                    f"model has {_points(grid)}: give the keys of MODEL.CBBL that it was trained "
+                    "with"
+                )
+            checkpoint["model"] = {
+                name: value
+                for name, value in checkpoint["model"].items()
+                if name.rpartition(".")[0] != layer
+            }
+
     def _load_model(self, checkpoint: Any):
+        self._drop_other_grids(checkpoint)
         incompatible = super()._load_model(checkpoint)
         model = getattr(self.model, "module", self.model)
         # The statistics of batch norms are buffers; these others the config or the use decides.
@@ -113,7 +151,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
         if anew:
             self.logger.info(
                 f"{self._path}: loaded; {len(anew)} of {len(_layers(weights))} layers start "
-                f"anew, as it has no weights of their shape: {listed(anew, limit=8)}"
+                f"anew, as it has no weights that fit them: {listed(anew, limit=8)}"
             )
         return incompatible
 
@@ -138,6 +176,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     if not path:
         raise UserError("no weights given: set MODEL.WEIGHTS, e.g. to OUTPUT_DIR/model_best.pth")
     CBBLCheckpointer(model, require_all=True).load(path)
+
+
+def _points(grid: torch.Tensor) -> str:
+    return "[" + listed([f"{point:.3g}" for point in grid.tolist()], limit=6) + "]"
 
 
 def _layers(weights: List[str]) -> List[str]:

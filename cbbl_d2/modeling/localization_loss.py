@@ -8,7 +8,7 @@ from detectron2.layers import cat, nonzero_tuple
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
-from fvcore.nn import giou_loss
+from torchvision.ops import generalized_box_iou_loss
 
 from cbbl_d2.distribution import LABELS, UNCERTAINTIES, cbbl_loss
 
@@ -115,7 +115,11 @@ class LocalizationLoss:
             terms.append(uncertainty.sum() * self.uncertainty_weight)
         if self.giou_weight > 0:
             decoded = transform.apply_deltas(logits, source_boxes)
-            giou = giou_loss(decoded, target_boxes.to(decoded.dtype), reduction="sum")
+            # Not fvcore's, which asserts that boxes are valid: it would blame the boxes where the
+            # network has diverged, and hide that the loss is NaN.
+            giou = generalized_box_iou_loss(
+                decoded, target_boxes.to(decoded.dtype), reduction="sum"
+            )
             terms.append(giou * self.giou_weight)
         return torch.stack(terms)
 

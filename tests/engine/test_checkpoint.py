@@ -99,19 +99,38 @@ def test_missing_and_empty_path(tmp_path):
         load_weights(Layers(), "")
 
 
-@pytest.mark.parametrize("agnostic", (True, False))
-def test_stock_faster_rcnn_weights_load_into_cbbl(tiny_cfg, tmp_path, caplog, agnostic):
-    tiny_cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
+def test_stock_weights_whose_shape_happens_to_fit_are_not_taken_for_logits(
+    tiny_cfg, tmp_path, caplog
+):
+    """Six classes times four offsets, and four offsets times six grid points."""
+    tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 6
     stock_cfg = tiny_cfg.clone()
     stock_cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    stock_cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = False
     stock = build_model(stock_cfg)
     DetectionCheckpointer(stock, str(tmp_path)).save("stock")
     model = build_model(tiny_cfg)
-    new = {k: v.clone() for k, v in model.state_dict().items() if "bbox_pred" in k}
+    before = model.roi_heads.box_predictor.bbox_pred.weight.clone()
+    assert before.shape == stock.roi_heads.box_predictor.bbox_pred.weight.shape
     caplog.set_level("INFO")
     CBBLCheckpointer(model).load(str(tmp_path / "stock.pth"))
+    assert torch.equal(model.roi_heads.box_predictor.bbox_pred.weight, before)
     (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
     assert line.endswith(": roi_heads.box_predictor.bbox_pred")
-    for name, value in model.state_dict().items():
-        expected = new[name] if "box_predictor.bbox_pred" in name else stock.state_dict()[name]
-        assert torch.equal(value, expected), name
+    with pytest.raises(UserError, match="needs weights for roi_heads.box_predictor.bbox_pred"):
+        load_weights(model, str(tmp_path / "stock.pth"))
+
+
+def test_weights_for_another_grid(tiny_cfg, tmp_path, caplog):
+    CBBLCheckpointer(build_model(tiny_cfg), str(tmp_path)).save("narrow")
+    path = str(tmp_path / "narrow.pth")
+    load_weights(build_model(tiny_cfg), path)
+    tiny_cfg.MODEL.CBBL.ALPHA = 6.0
+    wide = build_model(tiny_cfg)
+    with pytest.raises(UserError, match=r"trained on the grid \[-5, .* has \[-6, .*MODEL.CBBL"):
+        load_weights(wide, path)
+    caplog.set_level("INFO")
+    before = wide.roi_heads.box_predictor.bbox_pred.weight.clone()
+    assert "cbbl_grids" not in CBBLCheckpointer(wide).load(path)
+    assert torch.equal(wide.roi_heads.box_predictor.bbox_pred.weight, before)
+    assert "1 of" in caplog.text and "start anew" in caplog.text

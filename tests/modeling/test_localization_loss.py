@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from torchvision.ops import generalized_box_iou_loss
+from fvcore.nn import giou_loss
 
 from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
 from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear, LocalizationLoss
@@ -46,7 +46,7 @@ def test_terms_are_those_of_the_distribution_package_and_giou(transform, label, 
         label=label,
         uncertainty=uncertainty,
     )
-    giou = generalized_box_iou_loss(transform.apply_deltas(logits, source), target, reduction="sum")
+    giou = giou_loss(transform.apply_deltas(logits, source), target, reduction="sum")
     assert torch.allclose(terms, torch.stack((ce, 0.3 * um, 2.5 * giou)), rtol=1e-5)
     named = loss.named(terms, "loss_box_reg", "loss_box")
     assert list(named) == ["loss_box_reg", "loss_box_uncertainty", "loss_box_giou"]
