@@ -33,6 +33,7 @@ from cbbl_d2.engine import (
     CBBLCheckpointer,
     CBBLTrainer,
     check_engine_config,
+    check_model_config,
     launch,
     lazy,
     load_config,
@@ -50,11 +51,12 @@ def load_and_check(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     register_from_config(cfg)
     check_cbbl_config(cfg)
+    check_model_config(cfg)
     check_engine_config(cfg, max(1, args.num_gpus * args.num_machines), args.eval_only)
     check_keypoint_sigmas(cfg)
-    check_datasets(cfg, eval_only=args.eval_only)
     if args.eval_only:
         check_has_weights(cfg, args.resume)
+    check_datasets(cfg, eval_only=args.eval_only)
     cfg.freeze()
     return cfg
 

@@ -20,6 +20,7 @@ import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detec
 import torch
 import tqdm
 from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
 from head import inference, seconds, train_step
 
 from cbbl_d2.data.train_loader import ResumableTrainLoader
@@ -39,9 +40,14 @@ PAIRS = (
 
 
 def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
-    cfg = load_config(config_file, ["SEED", "1"])
-    torch.manual_seed(1)
-    return build_model(cfg), next(iter(ResumableTrainLoader(cfg)))
+    """The model, and a batch that is the same for all configs of one data set."""
+    cfg = load_config(config_file)
+    # An untrained dense detector is sure of nothing, and would decode no box.
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.0
+    seed_all_rng(1)
+    model = build_model(cfg)
+    seed_all_rng(1)
+    return model, next(iter(ResumableTrainLoader(cfg)))
 
 
 def compare(stock: str, cbbl: str, rounds: int) -> str:

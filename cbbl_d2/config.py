@@ -85,8 +85,10 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.CBBL.RETINANET.BETA = 1.0
     _C.MODEL.CBBL.RETINANET.NUM_INTERVALS = 10
     _C.MODEL.CBBL.RETINANET.INIT_STD = 0.0
-    # Weight of the whole localisation loss, for which Detectron2's RetinaNet has no key
-    _C.MODEL.CBBL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+    # Weight of the whole localisation loss, for which Detectron2's RetinaNet has no key. For each
+    # positive anchor the cross entropy starts at 4 * log(n + 1), here 9.6, many times what
+    # Smooth-L1 starts at: with weight 1 it drowns the classification loss.
+    _C.MODEL.CBBL.RETINANET.BBOX_REG_LOSS_WEIGHT = 0.25
 
     # -- The one-sided grid [0, ALPHA] of CBBLFCOS (MODEL.META_ARCHITECTURE), on the distances to
     #    the four sides in strides. A level is given the objects whose largest distance is up to 8
@@ -96,8 +98,7 @@ def add_cbbl_config(cfg: CN) -> None:
     # Milder than elsewhere: with 1, half of the points would lie below half a stride.
     _C.MODEL.CBBL.FCOS.BETA = 0.25
     _C.MODEL.CBBL.FCOS.NUM_INTERVALS = 16
-    _C.MODEL.CBBL.FCOS.INIT_STD = 0.0
-    _C.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT = 1.0
+    _C.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT = 0.25  # see RETINANET
 
     # ---------------------------------------------------------------------------- #
     # FCOS, which Detectron2 has without a YAML config (MODEL.META_ARCHITECTURE: ConfigurableFCOS,
@@ -162,7 +163,8 @@ def check_cbbl_config(cfg: CN) -> None:
         ("FCOS.", c.FCOS),
     ):
         for key, (ok, allowed) in _GRID_KEYS.items():
-            _require(prefix + key, node[key], ok(node[key]), allowed)
+            if key in node:
+                _require(prefix + key, node[key], ok(node[key]), allowed)
         if "BBOX_REG_LOSS_WEIGHT" in node:
             weight = node.BBOX_REG_LOSS_WEIGHT
             _require(

@@ -353,9 +353,9 @@ def test_images_without_objects_and_empty_predictions(tiny_cfg, num_objects, agn
                 ("ALPHA", -2.0, "> 0"),
                 ("BETA", float("nan"), ">= 0"),
                 ("NUM_INTERVALS", 0, ">= 2"),
-                ("INIT_STD", -1.0, ">= 0"),
             )
         ),
+        *((f"{node}.INIT_STD", -1.0, ">= 0") for node in ("RPN", "RETINANET")),
         ("RETINANET.BBOX_REG_LOSS_WEIGHT", -1.0, ">= 0"),
         ("FCOS.BBOX_REG_LOSS_WEIGHT", float("nan"), ">= 0"),
         ("CASCADE.ALPHA", (5.0, 5.0), "3 values, one for each stage of MODEL.ROI_BOX_CASCADE_HEAD"),
@@ -434,7 +434,8 @@ LOSS = {
     "UNCERTAINTY_WEIGHT": 0.7,
     "GIOU_WEIGHT": 1.0,
 }
-GRID = {"ALPHA": 4.0, "BETA": 0.5, "NUM_INTERVALS": 8, "INIT_STD": 0.7}
+ONE_SIDED = {"ALPHA": 4.0, "BETA": 0.5, "NUM_INTERVALS": 8}
+GRID = {**ONE_SIDED, "INIT_STD": 0.7}
 CHANGES = {
     "": {**LOSS, **GRID},
     "CASCADE": {
@@ -444,7 +445,7 @@ CHANGES = {
     },
     "RPN": GRID,
     "RETINANET": {**GRID, "BBOX_REG_LOSS_WEIGHT": 0.7},
-    "FCOS": {**GRID, "BBOX_REG_LOSS_WEIGHT": 0.7},
+    "FCOS": {**ONE_SIDED, "BBOX_REG_LOSS_WEIGHT": 0.7},
 }
 FCOS_CHANGES = {
     "NUM_CLASSES": 6,

@@ -220,7 +220,13 @@ def compare(
     for image in examples:
         with torch.no_grad():
             expected = list(detect(model, image).values())
-            found = exported(image)
+            try:
+                found = exported(image)
+            except RuntimeError as e:  # something became a constant in tracing
+                raise UserError(
+                    f"nothing written: the exported model fails on an image of {image.shape[1]}x"
+                    f"{image.shape[2]} px: {str(e).strip().splitlines()[-1]}"
+                ) from e
         # Objects of equal scores may come in another order: each is compared with its nearest.
         distance = (found[0][:, None] - expected[0][None]).abs().amax(dim=2)
         distance[found[2][:, None] != expected[2][None]] = float("inf")

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,24 +43,25 @@ def command(run: Run) -> List[str]:
 
 
 def check_unchanged(run: Run) -> None:
-    """A folder belongs to one command: results of another would be taken for this one's."""
-    path = os.path.join(run.folder, "command.txt")
-    words = " ".join(command(run)[2:]) + "\n"
+    """A folder belongs to one config: results of another would be taken for this one's."""
+    path = os.path.join(run.folder, "study_config.yaml")
     if not os.path.exists(path):
         os.makedirs(run.folder, exist_ok=True)
         with atomic_write(path, "w") as f:
-            f.write(words)
+            f.write(run.settings)
         return
     with open(path) as f:
-        before = f.read()
-    if before != words:
+        before = f.read().splitlines()
+    now = run.settings.splitlines()
+    if before != now:
+        changed = [line.strip() for line in now if line not in before]
         raise UserError(
-            f"{run.folder}: holds a run with other settings ({before.strip()}): delete the folder, "
-            "or give the study another output"
+            f"{run.folder}: was trained with other settings, which now are {listed(changed)}: "
+            "delete the folder, or give the study another output"
         )
 
 
-def start(run: Run) -> subprocess.Popen:
+def start(run: Run, jobs: int) -> subprocess.Popen:
     """
     The process holds a lock on its folder for as long as it lives, also when this program is killed
     and called again: two processes never write into one folder.
@@ -76,9 +78,14 @@ def start(run: Run) -> subprocess.Popen:
                         f"{run.folder}: another process trains it: wait for that one, or stop it"
                     ) from None
                 time.sleep(0.2)
+        threads = max(1, (os.cpu_count() or 1) // jobs)  # else each run starts one for every core
         with open(os.path.join(run.folder, "console.txt"), "ab") as console:
             return subprocess.Popen(
-                command(run), stdout=console, stderr=console, pass_fds=(lock.fileno(),)
+                command(run),
+                stdout=console,
+                stderr=console,
+                pass_fds=(lock.fileno(),),
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
             )
 
 
@@ -101,7 +108,7 @@ def train(study: Study, jobs: int) -> List[Run]:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run] = start(run)
+                    running[run] = start(run, jobs)
                 time.sleep(1)
                 for run, process in list(running.items()):
                     if process.poll() is None:
@@ -155,6 +162,8 @@ def main() -> None:
     for run in study.runs:
         if not args.table_only or os.path.isdir(run.folder):
             check_unchanged(run)
+    # As Ctrl-C does, so that the trainings are ended with this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = [] if args.table_only else train(study, args.jobs)
     write_table(study)
     if failed:

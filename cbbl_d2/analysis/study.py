@@ -39,6 +39,7 @@ class Run:
     overrides: Tuple[str, ...]
     folder: str
     max_iter: int
+    settings: str  # the whole config, as YAML
 
     def last_iteration(self) -> int:
         """Number of iterations that ``metrics.json`` tells of; 0 before the first lines."""
@@ -126,14 +127,26 @@ def load_study(path: str) -> Study:
     for name, entry in content["runs"].items():
         entry = {"config": entry} if isinstance(entry, str) else entry
         _check_keys(f"{path}: run {name}", entry, {"config"}, {"overrides", "baseline"})
+        config = str(entry["config"])
         overrides = tuple(
-            str(word) for words in (content, entry) for word in words.get("overrides") or []
+            str(word)
+            for where in (content, entry)
+            for word in _list(path, "overrides", where.get("overrides"))
         )
-        cfg = load_config(str(entry["config"]), list(overrides))
+        cfg = load_config(config, list(overrides))
         for seed in seeds:
-            folder = os.path.join(content["output"], str(name), f"seed_{seed}")
+            folder = os.path.join(str(content["output"]), str(name), f"seed_{seed}")
+            cfg.SEED, cfg.OUTPUT_DIR = seed, folder
             runs.append(
-                Run(str(name), str(entry["config"]), seed, overrides, folder, cfg.SOLVER.MAX_ITER)
+                Run(
+                    name=str(name),
+                    config=config,
+                    seed=seed,
+                    overrides=overrides,
+                    folder=folder,
+                    max_iter=cfg.SOLVER.MAX_ITER,
+                    settings=cfg.dump(),
+                )
             )
         baseline = entry.get("baseline", content.get("baseline"))
         if baseline is not None and str(baseline) != str(name):
@@ -144,7 +157,16 @@ def load_study(path: str) -> Study:
             raise UserError(
                 f"{path}: baseline {baseline} of {name} is none of the runs ({listed(names)})"
             )
-    return Study(content["output"], list(content.get("metrics") or METRICS), runs, baselines)
+    metrics = _list(path, "metrics", content.get("metrics")) or list(METRICS)
+    return Study(str(content["output"]), [str(m) for m in metrics], runs, baselines)
+
+
+def _list(path: str, key: str, value) -> List:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{path}: {key} = {value!r}: must be a list, such as [{value}]")
+    return value
 
 
 def _check_keys(where: str, content, required: set, optional: set) -> None:

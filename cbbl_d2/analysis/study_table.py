@@ -84,11 +84,12 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
         cells = [row["name"]]
         for metric in study.metrics:
             std = row[f"{metric} std"]
-            cells.append(f"{row[metric]:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}"))
+            mean = "no detections" if math.isnan(row[metric]) else f"{row[metric]:.1f}"
+            cells.append(mean + ("" if math.isnan(std) else f" ± {std:.1f}"))
         if paired:
             cells += [
                 f"{row[f'{m} diff']:+.1f} [{row[f'{m} low']:+.1f}, {row[f'{m} high']:+.1f}]"
-                if f"{m} diff" in row
+                if not math.isnan(row.get(f"{m} diff", math.nan))
                 else ""
                 for m in study.metrics
             ]

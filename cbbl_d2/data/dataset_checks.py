@@ -38,7 +38,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if eval_only and len(cfg.DATASETS.TEST) == 0:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
     for name in _used_datasets(cfg, eval_only):
-        _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
+        dicts = _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
+        _check_heads(cfg, name, dicts)
     check_num_classes(cfg, eval_only)
 
 
@@ -138,17 +139,36 @@ def _node_with_num_classes(cfg: CfgNode) -> str | None:
     return None
 
 
-def _check_files(name: str, needs_all_images: bool) -> None:
+def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
+    """Masks and keypoints that the model is to predict have to be in the data."""
+    annotations = [a for record in dicts for a in record.get("annotations", ())]
+    for key, field in (("MASK_ON", "segmentation"), ("KEYPOINT_ON", "keypoints")):
+        if cfg.MODEL[key] and annotations and not any(field in a for a in annotations):
+            raise UserError(
+                f"data set {name}: its annotations have no {field}, which MODEL.{key} True needs: "
+                f"set MODEL.{key} False, or add them"
+            )
+    if cfg.MODEL.KEYPOINT_ON and name in cfg.DATASETS.TRAIN:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("keypoint_names") is None or metadata.get("keypoint_flip_map") is None:
+            raise UserError(
+                f"data set {name}: lacks the names of its keypoints: set keypoint_names and "
+                f"keypoint_flip_map of MetadataCatalog.get({name!r}), as Detectron2 needs them"
+            )
+
+
+def _check_files(name: str, needs_all_images: bool) -> list[dict]:
+    """The dataset dicts, where it had to load them; else []."""
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if not needs_all_images and not is_coco_format(name) and os.path.isfile(json_file or ""):
         # Loading the training set of COCO takes half a minute. Its files are known to be sound.
         if image_root and not os.path.isdir(image_root):
             raise _not_there(name, image_root)
-        return
+        return []
     dicts = load_dataset(name)
     if not isinstance(dicts, list):  # Detectron2 allows a torch Dataset, too
-        return
+        return []
     missing = missing_images(dicts) if needs_all_images else []
     if missing:
         raise UserError(
@@ -156,6 +176,7 @@ def _check_files(name: str, needs_all_images: bool) -> None:
             f"{missing[0]}: an evaluation without them would not be one on {name}; restore the "
             "files" + (f" or take them out of {json_file}" if json_file else "")
         )
+    return dicts
 
 
 def _not_there(name: str, path: str | None) -> UserError:

@@ -2,7 +2,7 @@
 
 from .checkpoint import CBBLCheckpointer, load_weights
 from .cli import load_config, one_line_errors
-from .config_checks import check_engine_config
+from .config_checks import check_engine_config, check_model_config
 from .launch import launch
 from .trainer import CBBLTrainer
 
@@ -10,6 +10,7 @@ __all__ = [
     "CBBLCheckpointer",
     "CBBLTrainer",
     "check_engine_config",
+    "check_model_config",
     "launch",
     "load_config",
     "load_weights",

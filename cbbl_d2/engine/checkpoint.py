@@ -1,5 +1,6 @@
 """Checkpoints that are never half written, and weights that never fail to fit in silence."""
 
+import os
 import pickle
 from typing import Any, Dict, List
 
@@ -11,9 +12,6 @@ from torch import nn
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
-
-# Key of the grids in a checkpoint.
-_GRIDS = "cbbl_grids"
 
 
 class _AtomicPathManager:
@@ -64,13 +62,14 @@ class CBBLCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         except AssertionError as e:
             if "not found" in str(e):
-                raise UserError(f"{path}: no such weights file (MODEL.WEIGHTS)") from e
+                final = os.path.join(os.path.dirname(path), "model_final.pth")
+                hint = ""
+                if os.path.basename(path) == "model_best.pth" and os.path.isfile(final):
+                    hint = f"; no evaluation has found an object yet, but there is {final}"
+                raise UserError(f"{path}: no such weights file (MODEL.WEIGHTS){hint}") from e
             raise
         except OSError as e:
             raise UserError(f"{path}: cannot load these weights (MODEL.WEIGHTS): {e}") from e
-
-    def save(self, name: str, **kwargs: Any) -> None:
-        super().save(name, **kwargs, **{_GRIDS: self._grids()})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         if not (resume and self.has_checkpoint()):
@@ -100,33 +99,25 @@ class CBBLCheckpointer(DetectionCheckpointer):
             )
         return loaded
 
-    def _grids(self) -> Dict[str, torch.Tensor]:
-        """For each C-BBL layer of the model the grid that its logits belong to."""
-        model = getattr(self.model, "module", self.model)
-        return {
-            name: module.grid.cpu()
-            for name, module in model.named_modules()
-            if isinstance(getattr(module, "grid", None), torch.Tensor)
-        }
-
     def _drop_other_grids(self, checkpoint: Dict[str, Any]) -> None:
         """Take out of the weights those of layers with another grid than in the model."""
-        saved = checkpoint.pop(_GRIDS, {})
-        for layer, grid in self._grids().items():
-            other = saved.get(layer)
-            if other is not None and other.shape == grid.shape and torch.allclose(other, grid):
+        weights = checkpoint["model"]
+        for layer, module in getattr(self.model, "module", self.model).named_modules():
+            if "grid" not in module._buffers:
                 continue
-            if other is not None and self.require_all:
-                raise UserError(
-                    f"{self._path}: its {layer} was trained on the grid {_points(other)}, this "
-                    f"model has {_points(grid)}: give the keys of MODEL.CBBL that it was trained "
-                    "with"
-                )
-            checkpoint["model"] = {
-                name: value
-                for name, value in checkpoint["model"].items()
-                if name.rpartition(".")[0] != layer
-            }
+            grid, saved = module.grid.cpu(), weights.get(f"{layer}.grid")
+            if saved is not None:
+                saved = torch.as_tensor(saved).cpu()
+                if saved.shape == grid.shape and torch.allclose(saved, grid):
+                    continue
+                if self.require_all:
+                    raise UserError(
+                        f"{self._path}: its {layer} was trained on the grid {_points(saved)}, this "
+                        f"model has {_points(grid)}: give the keys of MODEL.CBBL that it was "
+                        "trained with"
+                    )
+            weights = {k: v for k, v in weights.items() if k.rpartition(".")[0] != layer}
+        checkpoint["model"] = weights
 
     def _load_model(self, checkpoint: Any):
         self._drop_other_grids(checkpoint)

@@ -35,6 +35,11 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
             raise ConfigError(
                 f"{config_file}: no such config file (working directory: {os.getcwd()})"
             )
+        if config_file.endswith(".py"):
+            raise ConfigError(
+                f"{config_file}: a Lazy config, which only train_net.py takes: give the YAML "
+                "config of the same name"
+            )
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         except FileNotFoundError as e:
@@ -50,6 +55,7 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
                 f"overrides must come as KEY VALUE pairs, but there is an odd number of words "
                 f"({' '.join(opts)})"
                 + (f": put {' '.join(options)} before them" if options else "")
+                + (": key=value is for Lazy configs" if any("=" in o for o in opts) else "")
             )
         try:
             cfg.merge_from_list(opts)

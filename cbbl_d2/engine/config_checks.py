@@ -1,10 +1,19 @@
-"""Detectron2's own keys for training and testing that would fail late, or in many words."""
+"""Detectron2's own keys that would fail late, or in many words."""
+
+import difflib
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+)
 
 from cbbl_d2.errors import ConfigError
+from cbbl_d2.messages import listed
 
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
@@ -30,6 +39,44 @@ def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = 
             "SOLVER.AMP.ENABLED = True: Detectron2's mixed precision training needs a CUDA GPU, "
             "and this run is on the CPU: set SOLVER.AMP.ENABLED False"
         )
+
+
+def check_model_config(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: a part of the model that is not registered, or anchors for another number of
+            feature levels.
+    """
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    for node, key, registry in (
+        (cfg.MODEL, "META_ARCHITECTURE", META_ARCH_REGISTRY),
+        (cfg.MODEL.BACKBONE, "NAME", BACKBONE_REGISTRY),
+        (cfg.MODEL.PROPOSAL_GENERATOR, "NAME", PROPOSAL_GENERATOR_REGISTRY),
+        (cfg.MODEL.ROI_HEADS, "NAME", ROI_HEADS_REGISTRY),
+    ):
+        if node[key] in registry or (node[key] == "PrecomputedProposals" and is_rcnn):
+            continue
+        where = next(
+            name
+            for name, other in (("", cfg.MODEL), *((f"{k}.", v) for k, v in cfg.MODEL.items()))
+            if other is node
+        )
+        near = difflib.get_close_matches(node[key], [name for name, _ in registry], n=2)
+        raise ConfigError(
+            f"MODEL.{where}{key} = {node[key]}: no model part of this name is registered"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "RPN"
+    if not (is_rcnn or node == "RETINANET"):
+        return
+    levels, anchors = cfg.MODEL[node].IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        if len(anchors[key]) not in (1, len(levels)):
+            raise ConfigError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(anchors[key])} lists, but "
+                f"MODEL.{node}.IN_FEATURES has {len(levels)} levels ({listed(levels)}): give one "
+                "list for each, or one for all"
+            )
 
 
 def _check_test_time_augmentation(cfg: CfgNode) -> None:

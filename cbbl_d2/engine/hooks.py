@@ -17,7 +17,8 @@ class ResumeState(HookBase):
     """
     Keeps in each checkpoint the place in the data stream, the random number generators and the
     values over which the logged losses are smoothed. With them, a resumed run logs the same losses
-    as one that was never interrupted, given as many processes.
+    as one that was never interrupted, given as many processes. (RetinaNet and FCOS keep besides a
+    moving average by which they divide their losses, in no buffer.)
 
     To be registered on all processes, after all hooks that draw random numbers and before the one
     that writes checkpoints.
@@ -30,7 +31,7 @@ class ResumeState(HookBase):
         """
         self._data_loader = data_loader
         self._checkpoint_period = checkpoint_period
-        self._rng_of_all: Optional[List[Dict[str, Any]]] = None
+        self._local_of_all: Optional[List[Dict[str, Any]]] = None
         self._loaded: Optional[Dict[str, Any]] = None
 
     def after_step(self) -> None:
@@ -39,14 +40,24 @@ class ResumeState(HookBase):
         if comm.get_world_size() > 1 and (
             done % self._checkpoint_period == 0 or done >= self.trainer.max_iter
         ):
-            self._rng_of_all = comm.gather(rng_state())
+            self._local_of_all = comm.gather(self._local_state())
+
+    def _local_state(self) -> Dict[str, Any]:
+        """What each process has of its own."""
+        state = {"rng": rng_state()}
+        model = getattr(self.trainer.model, "module", self.trainer.model)
+        if hasattr(model, "loss_normalizer"):
+            state["loss_normalizer"] = float(model.loss_normalizer)
+        return state
 
     def state_dict(self) -> Dict[str, Any]:
+        if self._loaded is not None:  # resumed after the last iteration: nothing has changed
+            return self._loaded
         storage = self.trainer.storage
         hints = storage.smoothing_hints()
         return {
             "data": self._data_loader.state_dict(),
-            "rng": self._rng_of_all or rng_state(),
+            "local": self._local_of_all or [self._local_state()],
             "scalars": {
                 name: [[float(v), int(i)] for v, i in history.values()[-_SMOOTHING_WINDOW:]]
                 for name, history in storage.histories().items()
@@ -69,10 +80,13 @@ class ResumeState(HookBase):
                 storage.put_scalar(name, value)
         storage.iter = now
         # Last: nothing may be drawn between here and the first iteration.
-        rng = self._loaded["rng"]
-        rng_of_all = rng if isinstance(rng, list) else [rng]
-        if len(rng_of_all) == comm.get_world_size():
-            set_rng_state(rng_of_all[comm.get_rank()])
+        local_of_all = self._loaded["local"]
+        if len(local_of_all) == comm.get_world_size():
+            local = local_of_all[comm.get_rank()]
+            if "loss_normalizer" in local:
+                model = getattr(self.trainer.model, "module", self.trainer.model)
+                model.loss_normalizer = local["loss_normalizer"]
+            set_rng_state(local["rng"])
         self._loaded = None
 
 
@@ -86,3 +100,15 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+    def after_train(self) -> None:
+        before = self.best_metric
+        super().after_train()
+        if self.best_metric == before or self.trainer.iter < self.trainer.max_iter:
+            return
+        # The last checkpoint was written before the last evaluation. Once more, so that a training
+        # that goes on from it knows this result. Checkpoints are those of an iteration, and at
+        # this place Detectron2 has counted on already.
+        self.trainer.iter -= 1
+        self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)
+        self.trainer.iter += 1

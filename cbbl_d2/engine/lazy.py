@@ -372,7 +372,6 @@ class LazyTrainer(CBBLTrainer):
 def load_and_check(args: argparse.Namespace) -> DictConfig:
     """Finds what is wrong with the config and its data sets before anything is written."""
     lazy = load_lazy_config(args.config_file, args.opts)
-    check_lazy_config(lazy, max(1, args.num_gpus * args.num_machines), args.eval_only)
     if args.eval_only:
         train = lazy.train
         has_last = args.resume and os.path.isfile(f"{train.output_dir}/last_checkpoint")
@@ -381,6 +380,7 @@ def load_and_check(args: argparse.Namespace) -> DictConfig:
                 "--eval-only needs weights: add train.init_checkpoint=path/to/model_best.pth, or "
                 f"--resume for the last checkpoint in train.output_dir, {train.output_dir}"
             )
+    check_lazy_config(lazy, max(1, args.num_gpus * args.num_machines), args.eval_only)
     return lazy
 
 

@@ -41,7 +41,8 @@ def build_cascade_grids(cfg) -> List[torch.Tensor]:
     settings = [
         c.CASCADE[key] or [c[key]] * num_stages for key in ("ALPHA", "BETA", "NUM_INTERVALS")
     ]
-    return [_grid("MODEL.CBBL.CASCADE.", *values) for values in zip(*settings)]
+    where = "MODEL.CBBL.CASCADE." if any(c.CASCADE.values()) else "MODEL.CBBL."
+    return [_grid(where, *values) for values in zip(*settings)]
 
 
 def build_localization_loss(cfg) -> LocalizationLoss:

@@ -116,7 +116,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             return super().inference(predictions, proposals)
 
         scores = self.predict_probs(predictions, proposals)
-        logits = predictions[1].split([len(p) for p in proposals])
+        # Not len(), which tracing would make a constant.
+        logits = predictions[1].split([p.proposal_boxes.tensor.shape[0] for p in proposals])
         boxes = [
             self._decode_above_threshold(logits_i, p.proposal_boxes.tensor, scores_i)
             for logits_i, scores_i, p in zip(logits, scores, proposals)
@@ -151,7 +152,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             Tensor: boxes, shape ``(Ri, K * 4)``; below the threshold just the proposal.
         """
-        num_regions, num_classes = len(logits), self.num_classes
+        num_regions, num_classes = logits.shape[0], self.num_classes
         num_logits = 4 * self.box2box_transform.num_points
         region, class_ = nonzero_tuple(scores[:, :num_classes] > self.test_score_thresh)
         logits = logits.view(num_regions, num_classes, num_logits)[region, class_]

@@ -6,8 +6,10 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone.fpn import (
+    LastLevelP6P7,
+    build_retinanet_resnet_fpn_backbone,
+)
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 
@@ -31,15 +33,10 @@ def build_resnet_fpn_p5_backbone(cfg, input_shape):
     As Detectron2's ``build_retinanet_resnet_fpn_backbone``, with P6 computed from P5 instead of
     C5, as FCOS does (:paper:`fcos`) and Detectron2's Lazy config of it.
     """
+    backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    backbone.top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return backbone
 
 
 @META_ARCH_REGISTRY.register()
@@ -92,6 +89,19 @@ class ConfigurableFCOS(FCOS):
             anchors, [x if len(x) > 0 else _one_that_matches_nothing(x) for x in gt_instances]
         )
 
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ):
+        """As in the base class, whose GIoU loss fails on half precision, i.e. under autocast."""
+        return super().losses(
+            anchors,
+            pred_logits,
+            gt_labels,
+            [x.float() for x in pred_anchor_deltas],
+            gt_boxes,
+            pred_centerness,
+        )
+
 
 @META_ARCH_REGISTRY.register()
 class CBBLFCOS(ConfigurableFCOS):
@@ -108,8 +118,7 @@ class CBBLFCOS(ConfigurableFCOS):
         head: torch.nn.Module,
         box2box_transform: CBBLBox2BoxTransformLinear,
         localization_loss: Optional[LocalizationLoss] = None,
-        box_reg_loss_weight: float = 1.0,
-        init_std: float = 0.0,
+        box_reg_loss_weight: float = 0.25,
         **kwargs,
     ):
         """
@@ -118,25 +127,20 @@ class CBBLFCOS(ConfigurableFCOS):
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
             box_reg_loss_weight: of all terms of the localisation loss.
-            init_std: see :class:`CBBLFastRCNNOutputLayers`; here around the distance 0.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
         self.localization_loss = localization_loss or LocalizationLoss()
         self.box_reg_loss_weight = box_reg_loss_weight
-        head.bbox_pred = distribution_layer(
-            head.bbox_pred, box2box_transform.grid, weight_std=0.01, init_std=init_std
-        )
+        head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform.grid, weight_std=0.01)
 
     @classmethod
     def from_config(cls, cfg):
-        c = cfg.MODEL.CBBL.FCOS
         return {
             **super().from_config(cfg),
             "box2box_transform": CBBLBox2BoxTransformLinear(build_grid(cfg, "FCOS")),
             "localization_loss": build_localization_loss(cfg),
-            "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
-            "init_std": c.INIT_STD,
+            "box_reg_loss_weight": cfg.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT,
         }
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
@@ -153,9 +157,9 @@ class CBBLFCOS(ConfigurableFCOS):
         ``loss_fcos_uncertainty`` and ``loss_fcos_giou`` may stand beside ``loss_fcos_cls``,
         ``loss_fcos_loc`` and ``loss_fcos_ctr``.
         """
-        # super() decodes what it gets into boxes for its GIoU loss, which is replaced below.
-        # Zero logits always decode to proper boxes, in float32 under autocast as well.
-        stand_ins = [torch.zeros_like(x, dtype=torch.float32) for x in pred_anchor_deltas]
+        # super() decodes what it gets into boxes for its GIoU loss, which is replaced below. Zero
+        # logits always decode to proper boxes.
+        stand_ins = [torch.zeros_like(x) for x in pred_anchor_deltas]
         losses = super().losses(
             anchors, pred_logits, gt_labels, stand_ins, gt_boxes, pred_centerness
         )

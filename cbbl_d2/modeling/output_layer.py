@@ -39,8 +39,9 @@ def distribution_layer(
         )
     else:
         raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
-    # With this, checkpoints know which layers are distributions, and over which grid.
-    new.register_buffer("grid", grid.clone(), persistent=False)
+    # Decoding has the grid from the box transform. This copy is for checkpoints: it tells weights
+    # for this grid from those for another one, or for offsets, whose shape may be the same.
+    new.register_buffer("grid", grid.clone())
     nn.init.normal_(new.weight, std=weight_std)
     nn.init.constant_(new.bias, 0)
     if init_std > 0:

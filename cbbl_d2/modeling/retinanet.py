@@ -35,7 +35,7 @@ class CBBLRetinaNet(RetinaNet):
         head: torch.nn.Module,
         box2box_transform: CBBLBox2BoxTransform,
         localization_loss: Optional[LocalizationLoss] = None,
-        box_reg_loss_weight: float = 1.0,
+        box_reg_loss_weight: float = 0.25,
         init_std: float = 0.0,
         **kwargs,
     ):

@@ -8,6 +8,8 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 
+from cbbl_d2.errors import ConfigError
+
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_cascade_grids
 from .fast_rcnn import CBBLFastRCNNOutputLayers
@@ -37,6 +39,11 @@ class CBBLCascadeROIHeads(CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ConfigError(
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = False: a Cascade R-CNN of Detectron2 "
+                "has one box for all classes: set it True"
+            )
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictors"] = [
             CBBLFastRCNNOutputLayers(

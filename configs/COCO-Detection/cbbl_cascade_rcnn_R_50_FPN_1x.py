@@ -7,4 +7,4 @@ without_masks(model)
 model.proposal_generator.post_nms_topk = (2000, 1000)  # as Detectron2's YAML config has it
 cbbl_box_head(model)
 
-train.output_dir = "output/coco_cbbl_cascade_rcnn_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_cascade_rcnn_R_50_FPN_1x_lazy"

@@ -6,4 +6,4 @@ model = coco_model("mask_rcnn_fpn")
 without_masks(model)
 cbbl_box_head(model)
 
-train.output_dir = "output/coco_cbbl_faster_rcnn_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_faster_rcnn_R_50_FPN_1x_lazy"

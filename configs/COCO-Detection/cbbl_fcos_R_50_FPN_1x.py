@@ -6,4 +6,4 @@ model = coco_model("fcos")
 cbbl_fcos(model)
 
 optimizer.lr = 0.01
-train.output_dir = "output/coco_cbbl_fcos_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_fcos_R_50_FPN_1x_lazy"

@@ -6,4 +6,4 @@ model = coco_model("retinanet")
 cbbl_retinanet(model)
 
 optimizer.lr = 0.01
-train.output_dir = "output/coco_cbbl_retinanet_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_retinanet_R_50_FPN_1x_lazy"

@@ -4,4 +4,4 @@ from .cbbl_faster_rcnn_R_50_FPN_1x import dataloader, lr_multiplier, model, opti
 
 cbbl_rpn(model)
 
-train.output_dir = "output/coco_cbbl_rpn_faster_rcnn_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_rpn_faster_rcnn_R_50_FPN_1x_lazy"

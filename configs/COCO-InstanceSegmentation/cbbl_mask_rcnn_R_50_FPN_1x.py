@@ -7,4 +7,4 @@ cbbl_box_head(model)
 
 dataloader.train.mapper.use_instance_mask = True
 dataloader.evaluator.masks = True
-train.output_dir = "output/coco_cbbl_mask_rcnn_R_50_FPN_1x"
+train.output_dir = "output/coco_cbbl_mask_rcnn_R_50_FPN_1x_lazy"

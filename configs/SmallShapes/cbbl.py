@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_fa
 model = small_faster_rcnn()
 cbbl_box_head(model)
 
-train.output_dir = "output/small_shapes_cbbl"
+train.output_dir = "output/small_shapes_cbbl_lazy"

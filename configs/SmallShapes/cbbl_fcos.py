@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_de
 model = small_dense("fcos")
 cbbl_fcos(model)
 
-train.output_dir = "output/small_shapes_cbbl_fcos"
+train.output_dir = "output/small_shapes_cbbl_fcos_lazy"

@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_ke
 model = small_keypoint_rcnn(dataloader)
 cbbl_box_head(model)
 
-train.output_dir = "output/small_shapes_cbbl_keypoint_rcnn"
+train.output_dir = "output/small_shapes_cbbl_keypoint_rcnn_lazy"

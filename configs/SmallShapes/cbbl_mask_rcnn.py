@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_ma
 model = small_mask_rcnn(dataloader)
 cbbl_box_head(model)
 
-train.output_dir = "output/small_shapes_cbbl_mask_rcnn"
+train.output_dir = "output/small_shapes_cbbl_mask_rcnn_lazy"

@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_de
 model = small_dense("retinanet")
 cbbl_retinanet(model)
 
-train.output_dir = "output/small_shapes_cbbl_retinanet"
+train.output_dir = "output/small_shapes_cbbl_retinanet_lazy"

@@ -6,4 +6,4 @@ model = small_faster_rcnn()
 cbbl_box_head(model)
 cbbl_rpn(model)
 
-train.output_dir = "output/small_shapes_cbbl_rpn"
+train.output_dir = "output/small_shapes_cbbl_rpn_lazy"

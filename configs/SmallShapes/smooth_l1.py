@@ -4,4 +4,4 @@ from ..common.small_shapes import dataloader, lr_multiplier, optimizer, small_fa
 model = small_faster_rcnn()
 model.roi_heads.box_predictor.cls_agnostic_bbox_reg = True
 
-train.output_dir = "output/small_shapes_smooth_l1"
+train.output_dir = "output/small_shapes_smooth_l1_lazy"

@@ -68,6 +68,5 @@ def _localize_by_cbbl(part, target, grid) -> None:
         part.box2box_transform._target_ = CBBLBox2BoxTransform
     part.box2box_transform.grid = L(exponential_grid)(**grid)
     part.localization_loss = L(LocalizationLoss)(**_LOSS)
-    part.init_std = 0.0
     for stock in ("box_reg_loss_type", "smooth_l1_beta"):  # without effect from here on
         part.pop(stock, None)

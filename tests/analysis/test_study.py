@@ -122,6 +122,9 @@ def test_bootstrap_interval():
         ({"baseline": "giou"}, "baseline giou of stock is none of the runs"),
         ({"runs": {"a": "nowhere.yaml"}, "baseline": None}, "nowhere.yaml: no such config file"),
         ({"overrides": ["SOLVER.MAX_ITR", 3]}, "did you mean SOLVER.MAX_ITER"),
+        ({"overrides": "SOLVER.MAX_ITER 3"}, "overrides = 'SOLVER.MAX_ITER 3': must be a list"),
+        ({"metrics": "bbox/AP"}, "metrics = 'bbox/AP': must be a list"),
+        ({"runs": {"a": "lazy.py"}, "baseline": None}, "lazy.py: no such config file"),
     ],
 )
 def test_malformed_studies(write_study, changes, message):
@@ -191,7 +194,7 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
         seeds=[1], overrides=["SOLVER.MAX_ITER", 12], runs={"a": run.config}, baseline=None
     )
     status, said = run_tool(changed)
-    assert status == 1 and "holds a run with other settings" in said
+    assert status == 1 and "trained with other settings, which now are MAX_ITER: 12" in said
 
 
 def test_a_run_that_fails_is_named(write_study, run_tool, repository):

@@ -125,12 +125,16 @@ def test_weights_for_another_grid(tiny_cfg, tmp_path, caplog):
     CBBLCheckpointer(build_model(tiny_cfg), str(tmp_path)).save("narrow")
     path = str(tmp_path / "narrow.pth")
     load_weights(build_model(tiny_cfg), path)
+    # As well if another checkpointer has written it.
+    DetectionCheckpointer(build_model(tiny_cfg), str(tmp_path)).save("by_detectron2")
+    load_weights(build_model(tiny_cfg), str(tmp_path / "by_detectron2.pth"))
     tiny_cfg.MODEL.CBBL.ALPHA = 6.0
     wide = build_model(tiny_cfg)
     with pytest.raises(UserError, match=r"trained on the grid \[-5, .* has \[-6, .*MODEL.CBBL"):
         load_weights(wide, path)
     caplog.set_level("INFO")
     before = wide.roi_heads.box_predictor.bbox_pred.weight.clone()
-    assert "cbbl_grids" not in CBBLCheckpointer(wide).load(path)
+    CBBLCheckpointer(wide).load(path)
+    assert wide.roi_heads.box_predictor.bbox_pred.grid[-1] == 6
     assert torch.equal(wide.roi_heads.box_predictor.bbox_pred.weight, before)
     assert "1 of" in caplog.text and "start anew" in caplog.text

@@ -14,7 +14,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, get_event_storage
 
-from cbbl_d2.engine import CBBLTrainer
+from cbbl_d2.engine import CBBLTrainer, load_config
 from cbbl_d2.engine.hooks import BestCheckpointer
 from cbbl_d2.errors import UserError
 
@@ -108,6 +108,26 @@ def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_pat
     for index, state in states.items():
         other = b["trainer"]["_trainer"]["optimizer"]["state"][index]
         assert all(torch.equal(state[key], other[key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("name", ("cbbl_retinanet", "giou_fcos"))
+def test_dense_detectors_resume_with_their_normalizer(repository, tiny_cfg, tmp_path, name):
+    """To rounding: torch optimises Detectron2's focal loss, a scripted function, as it runs."""
+    cfg = load_config(os.path.join(repository, "configs", "SmallShapes", f"{name}.yaml"))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tiny_cfg.DATASETS.TRAIN, ()
+    cfg.merge_from_list(
+        ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.MAX_ITER", 5, "SOLVER.IMS_PER_BATCH", 2]
+    )
+    whole = train(cfg, tmp_path / "whole")
+    train(cfg, tmp_path / "parts", interrupt_at=4)
+    resumed = train(cfg, tmp_path / "parts", resume=True)
+    assert resumed.start_iter == 3
+    assert resumed.model.loss_normalizer == whole.model.loss_normalizer
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    for iteration in (3, 4):
+        assert parts[iteration]["total_loss"] == pytest.approx(
+            whole[iteration]["total_loss"], rel=1e-4
+        )
 
 
 def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
@@ -210,6 +230,23 @@ def test_a_run_without_resume_forgets_the_best_model_of_the_folder(tiny_cfg, tmp
     assert best.best_metric == 40.0
 
 
+def test_a_longer_training_knows_the_best_model_of_the_shorter_one(tiny_cfg, tmp_path, monkeypatch):
+    aps = iter((30.0, 20.0))
+    monkeypatch.setattr(
+        CBBLTrainer, "test", classmethod(lambda cls, cfg, model: {"bbox": {"AP": next(aps)}})
+    )
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 2])
+    first = train(tiny_cfg, tmp_path / "run")
+    best = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["model"]
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    trainer = train(tiny_cfg, tmp_path / "run", resume=True)
+    assert (first.start_iter, trainer.start_iter, trainer.iter) == (0, 2, 4)
+    (checkpointer,) = [h for h in trainer._hooks if isinstance(h, BestCheckpointer)]
+    assert checkpointer.best_metric == 30.0 and checkpointer.best_iter == 2
+    again = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["model"]
+    assert all(torch.equal(again[name], best[name]) for name in best)
+
+
 def test_resuming_a_finished_run_only_evaluates(tiny_cfg, tmp_path):
     tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
     train(tiny_cfg, tmp_path / "run")
@@ -237,7 +274,7 @@ def test_resuming_with_another_grid_is_refused(tiny_cfg, tmp_path):
     tiny_cfg.DATASETS.TEST = ()
     train(tiny_cfg, tmp_path / "run")
     tiny_cfg.MODEL.CBBL.NUM_INTERVALS = 8
-    with pytest.raises(UserError, match="model_final.pth: does not fit.*bbox_pred"):
+    with pytest.raises(UserError, match="model_final.pth: its .*bbox_pred was trained on the grid"):
         train(tiny_cfg, tmp_path / "run", resume=True)
 
 

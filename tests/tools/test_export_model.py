@@ -81,6 +81,20 @@ def test_the_exported_model_finds_what_the_original_finds(tool, name):
 
 @needs_export
 @pytest.mark.filterwarnings("ignore")
+def test_any_number_of_proposals(tool):
+    """Not only as many as the image had that was traced."""
+    model, examples = busy_model("faster_class_specific"), images()
+    model.proposal_generator.post_nms_topk[False] = 10000  # never reached
+    exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, examples[0])))
+    with torch.no_grad(), torch.jit.optimized_execution(False):
+        for image in examples:
+            expected, found = tool.detect(model, image), exported(image)
+            assert len(expected["scores"]) > 5
+            assert torch.allclose(found[0], expected["pred_boxes"], rtol=0, atol=1e-3)
+
+
+@needs_export
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_that_finds_nothing_in_the_traced_image(tool):
     """The way through the code is that of the traced image; it must lead to objects as well."""
     model, (_, image, _) = busy_model("mask"), images()
