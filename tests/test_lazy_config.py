@@ -143,7 +143,7 @@ def test_the_settings_of_the_training_are_those_of_its_yaml_twin(name):
     lazy = load(name)
     cfg = load_config(os.path.join(CONFIGS, name.replace(".py", ".yaml")))
     train, test = lazy.dataloader.train, lazy.dataloader.test
-    assert lazy.train.output_dir == cfg.OUTPUT_DIR
+    assert lazy.train.output_dir == f"{cfg.OUTPUT_DIR}_lazy"
     assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
     assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER
     assert lazy.train.seed == cfg.SEED

@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
 from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
-from cbbl_d2.errors import ConfigError  # noqa: E402
+from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
 
 
 def make_cfg(train=(), test=(), num_classes=2):
@@ -104,3 +104,24 @@ def test_missing_image_stops_an_evaluation_only(register, folder, content, error
     message = error_of(check_datasets, make_cfg([name], [name]))
     assert "1 of its 2 images are missing" in message
     assert str(folder / "images" / "b.png") in message and "annotations.json" in message
+
+
+def test_masks_and_keypoints_have_to_be_in_the_data(register, content):
+    for annotation in content["annotations"]:
+        annotation.pop("segmentation", None), annotation.pop("keypoints", None)
+    name = register(content)
+    cfg = make_cfg([name], [name])
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(UserError, match=f"{name}: its annotations have no segmentation.*MASK_ON"):
+        check_datasets(cfg)
+    cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = False, True
+    with pytest.raises(UserError, match=f"{name}: its annotations have no keypoints.*KEYPOINT_ON"):
+        check_datasets(cfg)
+    for annotation in content["annotations"]:
+        annotation.update(keypoints=[1, 1, 2], num_keypoints=1)
+    name = register(content)
+    with pytest.raises(UserError, match="lacks the names of its keypoints.*keypoint_flip_map"):
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        check_datasets(cfg)
+    MetadataCatalog.get(name).set(keypoint_names=["tip"], keypoint_flip_map=[])
+    check_datasets(cfg)

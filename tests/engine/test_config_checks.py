@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbbl_d2.engine import check_engine_config
+from cbbl_d2.engine import check_engine_config, check_model_config
 from cbbl_d2.errors import ConfigError
 
 
@@ -62,3 +62,33 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus(tiny_cfg, monkeypatch):
     check_engine_config(tiny_cfg, 1)
     with pytest.raises(ConfigError, match="MODEL.DEVICE = cpu: .* CUDA_VISIBLE_DEVICES="):
         check_engine_config(tiny_cfg, 2)
+
+
+@pytest.mark.parametrize(
+    "key, value, near",
+    [
+        ("META_ARCHITECTURE", "CBBLRetinanet", "CBBLRetinaNet"),
+        ("ROI_HEADS.NAME", "CBBLCascadeHeads", "CBBLCascadeROIHeads"),
+        ("PROPOSAL_GENERATOR.NAME", "CBBLRpn", "CBBLRPN"),
+        ("BACKBONE.NAME", "build_resnet_fpn_backbon", "build_resnet_fpn_backbone"),
+    ],
+)
+def test_parts_of_the_model_that_nobody_registered(tiny_cfg, key, value, near):
+    check_model_config(tiny_cfg)
+    tiny_cfg.merge_from_list([f"MODEL.{key}", value])
+    with pytest.raises(ConfigError) as error:
+        check_model_config(tiny_cfg)
+    assert str(error.value).startswith(f"MODEL.{key} = {value}: ")
+    assert f"did you mean {near}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "architecture, node", [("GeneralizedRCNN", "RPN"), ("RetinaNet", "RETINANET")]
+)
+def test_anchors_for_another_number_of_levels(tiny_cfg, architecture, node):
+    tiny_cfg.MODEL.META_ARCHITECTURE = architecture
+    tiny_cfg.MODEL[node].IN_FEATURES = ["p2", "p3"]
+    with pytest.raises(ConfigError, match=f"SIZES has 5 lists, but MODEL.{node}.IN_FEATURES has 2"):
+        check_model_config(tiny_cfg)
+    tiny_cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8, 16]]  # the same for all
+    check_model_config(tiny_cfg)
