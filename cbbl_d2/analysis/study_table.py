@@ -44,7 +44,8 @@ def summarize(study: Study) -> List[Dict]:
     * ``name``, ``baseline`` (or ""), ``seeds`` (list of the finished ones);
     * for each metric M: ``M`` (mean), ``M std`` (sample standard deviation; NaN for one seed);
     * for each metric and where there is a baseline: ``M diff`` (mean of the differences, seed by
-      seed, over the seeds that both have finished), ``M low``, ``M high`` (bootstrap interval);
+      seed, over the seeds that both have finished) and, for two seeds or more, ``M low`` and
+      ``M high`` (bootstrap interval);
     * ``time``: median over the seeds of the median seconds of an iteration.
     """
     results = {(run.name, run.seed): run.results() for run in study.runs}
@@ -66,6 +67,7 @@ def summarize(study: Study) -> List[Dict]:
             ]
             if differences:
                 row[f"{metric} diff"] = float(np.mean(differences))
+            if len(differences) > 1:
                 row[f"{metric} low"], row[f"{metric} high"] = bootstrap_interval(differences)
         row["time"] = float(np.median([r.get("time", math.nan) for r in mine.values()]))
         rows.append(row)
@@ -87,12 +89,7 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
             mean = "no detections" if math.isnan(row[metric]) else f"{row[metric]:.1f}"
             cells.append(mean + ("" if math.isnan(std) else f" ± {std:.1f}"))
         if paired:
-            cells += [
-                f"{row[f'{m} diff']:+.1f} [{row[f'{m} low']:+.1f}, {row[f'{m} high']:+.1f}]"
-                if not math.isnan(row.get(f"{m} diff", math.nan))
-                else ""
-                for m in study.metrics
-            ]
+            cells += [_difference(row, metric) for metric in study.metrics]
         cells += [f"{row['time']:.2f}", ", ".join(map(str, row["seeds"]))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -137,6 +134,15 @@ def plot(study: Study, rows: List[Dict], path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     figure.tight_layout()
     figure.savefig(path, dpi=150, format="png")
+
+
+def _difference(row: Dict, metric: str) -> str:
+    if math.isnan(row.get(f"{metric} diff", math.nan)):
+        return ""
+    text = f"{row[f'{metric} diff']:+.1f}"
+    if f"{metric} low" in row:
+        text += f" [{row[f'{metric} low']:+.1f}, {row[f'{metric} high']:+.1f}]"
+    return text
 
 
 def _short(metric: str) -> str:
