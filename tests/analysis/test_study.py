@@ -194,7 +194,8 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
         seeds=[1], overrides=["SOLVER.MAX_ITER", 12], runs={"a": run.config}, baseline=None
     )
     status, said = run_tool(changed)
-    assert status == 1 and "trained with other settings, which now are MAX_ITER: 12" in said
+    assert status == 1
+    assert "trained with other settings, which now are CHECKPOINT_PERIOD: 5, MAX_ITER: 12:" in said
 
 
 def test_a_run_that_fails_is_named(write_study, run_tool, repository):
