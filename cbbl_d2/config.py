@@ -126,6 +126,11 @@ def add_cbbl_config(cfg: CN) -> None:
     # Options: "SGD" (Detectron2's own), "AdamW" (converges faster from scratch).
     _C.SOLVER.OPTIMIZER = "SGD"
 
+    # Every how many iterations to log mean and variance of the localisation gradient by object
+    # size, as `gradients/{head}/{size}/...`, see cbbl_d2/analysis/gradient_stats.py; for any
+    # detector, stock or C-BBL. 0: never. Detectron2 logs every 20 iterations.
+    _C.SOLVER.GRADIENT_STATS_PERIOD = 0
+
     # ---------------------------------------------------------------------------- #
     # Data sets in COCO format that a user brings
     # ---------------------------------------------------------------------------- #
@@ -145,6 +150,11 @@ def check_cbbl_config(cfg: CN) -> None:
     if "CBBL" not in cfg.MODEL:
         raise ConfigError(
             "this config has no MODEL.CBBL: call cbbl_d2.add_cbbl_config(cfg) before merging files"
+        )
+    period = cfg.SOLVER.GRADIENT_STATS_PERIOD
+    if type(period) is not int or period < 0:
+        raise ConfigError(
+            f"SOLVER.GRADIENT_STATS_PERIOD = {period!r}: must be an integer >= 0 (0: off)"
         )
     c = cfg.MODEL.CBBL
     _require("LABEL", c.LABEL, c.LABEL in LABELS, f"one of {', '.join(LABELS)}")

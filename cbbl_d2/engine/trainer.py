@@ -12,6 +12,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from cbbl_d2.analysis.gradient_stats import GradientStats
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import UserError
@@ -50,6 +51,8 @@ class CBBLTrainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
         ret = super().build_hooks()
+        if self.cfg.SOLVER.GRADIENT_STATS_PERIOD > 0:  # in all processes; done before evaluation
+            ret.insert(0, GradientStats(self.cfg.SOLVER.GRADIENT_STATS_PERIOD))
         after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
         # In these all processes take part.
         added = [ResumeState(self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD)]

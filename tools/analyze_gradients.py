@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""
+Pictures of the gradient of the localisation loss.
+
+curves: against the error of the box, for L2, Smooth-L1, IoU, GIoU and C-BBL, boxes of several sizes
+
+    python tools/analyze_gradients.py curves --output curves.png
+
+maps: over images, for checkpoints of a training, the earliest first; --config-file and --weights
+can be given several times, to compare methods. Checkpoints on the way are written every
+SOLVER.CHECKPOINT_PERIOD iterations.
+
+    python tools/analyze_gradients.py maps --config-file configs/SmallShapes/cbbl.yaml \\
+        --weights output/small_shapes_cbbl/model_0000199.pth \\
+        output/small_shapes_cbbl/model_final.pth --dataset small_shapes_val --output maps.png
+
+While a detector trains, SOLVER.GRADIENT_STATS_PERIOD 20 logs its gradients by object size.
+"""
+
+import argparse
+import os
+
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+
+from cbbl_d2.analysis.gradient_curves import STD, plot_gradient_curves
+from cbbl_d2.analysis.gradient_maps import (
+    MapColumn,
+    localisation_gradient_map,
+    plot_gradient_maps,
+)
+from cbbl_d2.config import check_cbbl_config
+from cbbl_d2.data.broken_images import NameBrokenImage
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_registered, load_dataset
+from cbbl_d2.engine import check_model_config, load_config, load_weights, one_line_errors
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_write
+from cbbl_d2.modeling.build import build_grid
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="curves|maps")
+
+    curves = commands.add_parser("curves", help="gradient against the error of the box")
+    curves.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="grid and weights of the offsets are those of its box head; default: the defaults",
+    )
+    curves.add_argument(
+        "--std",
+        type=_number(0.0),
+        default=STD,
+        metavar="WIDTH",
+        help="how exactly the head of C-BBL knows the offset, in the unit of the grid "
+        f"(default: {STD})",
+    )
+    curves.add_argument(
+        "--largest-error",
+        type=_number(0.1),
+        default=8.0,
+        metavar="PIXELS",
+        help="where the curves end (default: 8)",
+    )
+
+    maps = commands.add_parser("maps", help="gradient over images, checkpoint by checkpoint")
+    maps.add_argument(
+        "--config-file",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="path to config file; each is followed by its --weights",
+    )
+    maps.add_argument(
+        "--weights",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="checkpoints, one column each",
+    )
+    maps.add_argument("--dataset", required=True, metavar="NAME", help="registered data set")
+    maps.add_argument(
+        "--num-images",
+        type=_whole(1),
+        default=4,
+        metavar="N",
+        help="images with objects, evenly spread over the data set (default: 4)",
+    )
+    maps.add_argument(
+        "--seed", type=_whole(0), default=0, help="of the sampling of regions (default: 0)"
+    )
+    for command, default in ((curves, "curves.png"), (maps, "maps.png")):
+        command.add_argument(
+            "--output", default=default, metavar="FILE", help=f"PNG (default: {default})"
+        )
+        command.add_argument(
+            "--opts",
+            default=[],
+            nargs=argparse.REMAINDER,
+            help="config overrides, KEY VALUE ..., after all other options",
+        )
+    return parser
+
+
+def _number(least: float):
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be a number >= {least:g}")
+        return value
+
+    return number
+
+
+def _whole(least: int):
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number >= {least}")
+        return int(text)
+
+    return whole
+
+
+def write_curves(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    grid = build_grid(cfg)
+    with _png(args.output) as f:
+        plot_gradient_curves(
+            f,
+            grid,
+            largest_error=args.largest_error,
+            weights=tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS),
+            std=args.std,
+        )
+
+
+def write_maps(args: argparse.Namespace) -> None:
+    if len(args.config_file) != len(args.weights):
+        raise UserError(
+            f"{len(args.config_file)} --config-file and {len(args.weights)} --weights: give one "
+            "--weights, with one or more files, after each --config-file"
+        )
+    cfgs = [load_config(path, args.opts) for path in args.config_file]
+    for cfg in cfgs:
+        register_from_config(cfg)
+        check_cbbl_config(cfg)
+        check_model_config(cfg)
+    check_registered(args.dataset, "--dataset")
+    records = [x for x in load_dataset(args.dataset) if x.get("annotations")]
+    if not records:
+        raise UserError(f"--dataset {args.dataset}: none of its images has an object")
+    number = min(args.num_images, len(records))
+    records = [records[i * len(records) // number] for i in range(number)]
+
+    columns, drawn = [], [_mapper(cfgs[0])(record) for record in records]
+    for path, cfg, weights in zip(args.config_file, cfgs, args.weights):
+        inputs = [_mapper(cfg)(record) for record in records]
+        if any(a["image"].shape != b["image"].shape for a, b in zip(inputs, drawn)):
+            raise UserError(
+                f"{path}: resizes images to another size than {args.config_file[0]}: give both the "
+                "same INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, after --opts"
+            )
+        model = build_model(cfg)
+        for file in weights:
+            load_weights(model, file)
+            maps = [localisation_gradient_map(model, x, args.seed) for x in inputs]
+            names = [path, file] if len(cfgs) > 1 else [file]
+            title = "\n".join(os.path.splitext(os.path.basename(x))[0] for x in names)
+            columns.append(MapColumn(title, path, maps))
+    with _png(args.output) as f:
+        plot_gradient_maps(f, drawn, columns, cfgs[0].INPUT.FORMAT)
+
+
+def _mapper(cfg: CfgNode) -> NameBrokenImage:
+    """Images as they are tested on, annotations as they are trained on."""
+    options = DatasetMapper.from_config(cfg, is_train=True)
+    options["augmentations"] = build_augmentation(cfg, is_train=False)
+    return NameBrokenImage(DatasetMapper(**options))
+
+
+def _png(path: str):
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output {path}: {folder} cannot be made a folder ({e.strerror})") from e
+    if os.path.isdir(path):
+        raise UserError(f"--output {path}: is a folder: give a file name")
+    return atomic_write(path, "wb")
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    (write_curves if args.command == "curves" else write_maps)(args)
+    print(f"Written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
