@@ -129,10 +129,13 @@ def plot_gradient_maps(
         axis.set_title(column.title, fontsize=9)
     for group, image in drawn.items():
         below = [axes[-1, 1 + i] for i, c in enumerate(columns) if c.group == group]
-        bar = figure.colorbar(image, ax=below, location="bottom", fraction=0.05, extend="max")
+        # With a format of its own: a common factor would stand in the label.
+        bar = figure.colorbar(
+            image, ax=below, location="bottom", fraction=0.05, extend="max", format="%.1e"
+        )
         bar.set_label("|gradient| at a pixel")
-        bar.formatter.set_powerlimits((-2, 2))
-    figure.savefig(path, dpi=150, format="png")
+        bar.ax.tick_params(labelsize=8)
+    figure.savefig(path, dpi=150, format="png", bbox_inches="tight")
 
 
 def _blur(values: torch.Tensor) -> torch.Tensor:
