@@ -17,31 +17,27 @@ import logging
 import os
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-import torch
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
-from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_datasets
+from cbbl_d2.data.dataset_checks import check_datasets, describe_classes
 from cbbl_d2.engine import (
-    CBBLCheckpointer,
     CBBLTrainer,
     check_engine_config,
     check_model_config,
+    evaluate_weights,
     launch,
     lazy,
     load_config,
     one_line_errors,
+    start_log,
 )
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import check_keypoint_sigmas
-from cbbl_d2.messages import count
 
 
 def load_and_check(args: argparse.Namespace) -> CfgNode:
@@ -77,11 +73,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     log_cfg = cfg.clone()
     log_cfg.defrost()
     log_cfg.OUTPUT_DIR = log_dir
-    default_setup(log_cfg, args)
-    setup_logger(log_dir, distributed_rank=comm.get_rank(), name="cbbl_d2")
-    if not torch.cuda.is_available():
-        processes = count(comm.get_world_size(), "process", "processes")
-        logging.getLogger("cbbl_d2").info(f"No GPU found: running on the CPU in {processes}.")
+    start_log(log_cfg, args, log_dir)
+    logging.getLogger("cbbl_d2").info(describe_classes(cfg))
     return cfg
 
 
@@ -96,21 +89,17 @@ def main(args: argparse.Namespace):
 
 def evaluate(cfg: CfgNode, resume: bool):
     """Evaluate ``MODEL.WEIGHTS``, or the last checkpoint in ``OUTPUT_DIR`` with ``resume``."""
+
+    def test(model):
+        results = CBBLTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(CBBLTrainer.test_with_TTA(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
     model = CBBLTrainer.build_model(cfg)
-    checkpointer = CBBLCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
-    extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    results = CBBLTrainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(CBBLTrainer.test_with_TTA(cfg, model))
-    if comm.is_main_process():
-        verify_results(cfg, results)
-        # The same file and keys as in training; the iteration is that of the checkpoint.
-        with EventStorage(extra.get("iteration", 0)) as storage:
-            storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
-            writer = JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
-            writer.write()
-            writer.close()
-    return results
+    return evaluate_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume, test)
 
 
 @one_line_errors

@@ -3,7 +3,8 @@
 from .checkpoint import CBBLCheckpointer, load_weights
 from .cli import load_config, one_line_errors
 from .config_checks import check_engine_config, check_model_config
-from .launch import launch
+from .evaluate import evaluate_weights
+from .launch import launch, start_log
 from .trainer import CBBLTrainer
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "CBBLTrainer",
     "check_engine_config",
     "check_model_config",
+    "evaluate_weights",
     "launch",
     "load_config",
     "load_weights",
     "one_line_errors",
+    "start_log",
 ]

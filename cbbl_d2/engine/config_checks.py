@@ -48,22 +48,21 @@ def check_model_config(cfg: CfgNode) -> None:
             feature levels.
     """
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    for node, key, registry in (
-        (cfg.MODEL, "META_ARCHITECTURE", META_ARCH_REGISTRY),
-        (cfg.MODEL.BACKBONE, "NAME", BACKBONE_REGISTRY),
-        (cfg.MODEL.PROPOSAL_GENERATOR, "NAME", PROPOSAL_GENERATOR_REGISTRY),
-        (cfg.MODEL.ROI_HEADS, "NAME", ROI_HEADS_REGISTRY),
+    for key, name, registry in (
+        ("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+        (
+            "PROPOSAL_GENERATOR.NAME",
+            cfg.MODEL.PROPOSAL_GENERATOR.NAME,
+            PROPOSAL_GENERATOR_REGISTRY,
+        ),
+        ("ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
     ):
-        if node[key] in registry or (node[key] == "PrecomputedProposals" and is_rcnn):
+        if name in registry or (name == "PrecomputedProposals" and is_rcnn):
             continue
-        where = next(
-            name
-            for name, other in (("", cfg.MODEL), *((f"{k}.", v) for k, v in cfg.MODEL.items()))
-            if other is node
-        )
-        near = difflib.get_close_matches(node[key], [name for name, _ in registry], n=2)
+        near = difflib.get_close_matches(name, [known for known, _ in registry], n=2)
         raise ConfigError(
-            f"MODEL.{where}{key} = {node[key]}: no model part of this name is registered"
+            f"MODEL.{key} = {name}: no model part of this name is registered"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
     node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "RPN"

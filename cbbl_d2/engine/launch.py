@@ -8,10 +8,14 @@ import sys
 from typing import Any, Callable
 
 import torch
+from detectron2.engine import default_setup
 from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from cbbl_d2.errors import UserError
+from cbbl_d2.messages import count
 
 from .cli import error_message
 
@@ -63,6 +67,22 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             raise UserError(errors.get()) from e
         _explain(e, args)
         raise
+
+
+def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
+    """
+    Detectron2's ``default_setup``, the log of this project beside its own, and a line that says so
+    where there is no GPU.
+
+    Args:
+        cfg: YAML or Lazy config.
+        log_dir: folder of the log, the same as in ``cfg``.
+    """
+    default_setup(cfg, args)
+    logger = setup_logger(log_dir, distributed_rank=comm.get_rank(), name="cbbl_d2")
+    if not torch.cuda.is_available():
+        processes = count(comm.get_world_size(), "process", "processes")
+        logger.info(f"No GPU found: running on the CPU in {processes}.")
 
 
 def _run_process(main: Callable, args: argparse.Namespace, errors) -> None:

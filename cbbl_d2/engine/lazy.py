@@ -22,24 +22,22 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.engine import default_setup, hooks
+from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import ConfigError, UserError
-from cbbl_d2.messages import count, listed, short
+from cbbl_d2.messages import listed, short
 
-from .checkpoint import CBBLCheckpointer
 from .cli import load_config
 from .config_checks import check_engine_config
+from .evaluate import evaluate_weights
+from .launch import start_log
 from .rng import preserve_rng
 from .trainer import CBBLTrainer
 
@@ -399,13 +397,7 @@ def main(args: argparse.Namespace) -> Any:
     log_config = copy.deepcopy(lazy)
     if args.eval_only:
         log_config.train.output_dir = os.path.join(lazy.train.output_dir, "inference")
-    default_setup(log_config, args)
-    setup_logger(
-        log_config.train.output_dir, distributed_rank=comm.get_rank(), name=__name__.split(".")[0]
-    )
-    if not torch.cuda.is_available():
-        processes = count(comm.get_world_size(), "process", "processes")
-        logger.info(f"No GPU found: running on the CPU in {processes}.")
+    start_log(log_config, args, log_config.train.output_dir)
     with _in_lazy_words():
         if args.eval_only:
             return evaluate(lazy, args.resume)
@@ -422,15 +414,11 @@ def evaluate(lazy: DictConfig, resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: the weights cannot be read or lack a weight of the model.
     """
-    model = build_model(lazy)
-    checkpointer = CBBLCheckpointer(model, lazy.train.output_dir, require_all=True)
-    extra = checkpointer.resume_or_load(lazy.train.get("init_checkpoint", ""), resume=resume)
-    results = do_test(lazy, model)
-    if comm.is_main_process():
-        # The same file and keys as in training; the iteration is that of the checkpoint.
-        with EventStorage(extra.get("iteration", 0)) as storage:
-            storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
-            writer = JSONWriter(os.path.join(lazy.train.output_dir, "metrics.json"))
-            writer.write()
-            writer.close()
-    return results
+    train = lazy.train
+    return evaluate_weights(
+        build_model(lazy),
+        train.get("init_checkpoint", ""),
+        train.output_dir,
+        resume,
+        lambda model: do_test(lazy, model),
+    )
