@@ -63,6 +63,12 @@ def add_cbbl_config(cfg: CN) -> None:
     # and in the unit of ALPHA, >= 0. 0 starts with the uniform distribution (the paper).
     _C.MODEL.CBBL.INIT_STD = 0.0
 
+    # Variance voting at inference (Softer-NMS, arXiv 1809.08545): each side of a detection becomes
+    # the mean of the boxes that overlap it, the surer ones weighing more. sigma in
+    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. For
+    # CBBLROIHeads and CBBLRes5ROIHeads only.
+    _C.MODEL.CBBL.VOTING_SIGMA = 0.0
+
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
     # unit is that of the stage's own MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS.
     _C.MODEL.CBBL.CASCADE = CN()
@@ -164,7 +170,7 @@ def check_cbbl_config(cfg: CN) -> None:
         c.UNCERTAINTY in UNCERTAINTIES,
         f"one of {', '.join(UNCERTAINTIES)}",
     )
-    for key in ("UNCERTAINTY_WEIGHT", "GIOU_WEIGHT"):
+    for key in ("UNCERTAINTY_WEIGHT", "GIOU_WEIGHT", "VOTING_SIGMA"):
         _require(key, c[key], _is_number(c[key]) and c[key] >= 0, "a number >= 0")
     for prefix, node in (
         ("", c),

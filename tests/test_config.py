@@ -346,6 +346,7 @@ def test_images_without_objects_and_empty_predictions(tiny_cfg, num_objects, agn
         ("UNCERTAINTY_WEIGHT", -0.1, ">= 0"),
         ("GIOU_WEIGHT", float("inf"), ">= 0"),
         ("INIT_STD", -1.0, ">= 0"),
+        ("VOTING_SIGMA", -0.1, ">= 0"),
         *(
             (f"{node}.{key}", value, allowed)
             for node in ("RPN", "RETINANET", "FCOS")

@@ -5,7 +5,7 @@ from typing import Tuple
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
-from cbbl_d2.distribution import expectation
+from cbbl_d2.distribution import expectation, variance
 
 """
 Shape shorthand in this module:
@@ -48,6 +48,10 @@ class _GridDecoder:
         Raises:
             ValueError: if the logits are not a multiple of ``4 * B`` wide.
         """
+        return expectation(self._distributions(logits), self.grid_like(logits))
+
+    def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
+        """From shape ``(R, k * 4 * B)`` to ``(R, k * 4, B)``."""
         num_regions, width = logits.shape
         if width % (4 * self.num_points) != 0:
             raise ValueError(
@@ -55,8 +59,7 @@ class _GridDecoder:
                 f"need a multiple of {4 * self.num_points}"
             )
         # Explicit sizes: -1 is ambiguous for zero regions.
-        logits = logits.reshape(num_regions, width // self.num_points, self.num_points)
-        return expectation(logits, self.grid_like(logits))
+        return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
 
 class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
@@ -95,6 +98,28 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
             ValueError: if the logits are not a multiple of ``4 * B`` wide.
         """
         return super().apply_deltas(self.decode_offsets(deltas), boxes)
+
+    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """
+        How unsure the head is of each side of the boxes that :meth:`apply_deltas` returns: the
+        variance of the predicted distributions, carried from the offsets to the sides to first
+        order, as if the four offsets were independent. A two-hot label between two points far
+        apart has a variance of its own, so that a coarse grid overstates it.
+
+        Args:
+            logits: shape ``(R, 4 * B)``.
+            boxes: shape ``(R, 4)``, absolute XYXY.
+
+        Returns:
+            Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
+        """
+        offsets = variance(self._distributions(logits), self.grid_like(logits))
+        offsets = offsets / offsets.new_tensor(self.weights) ** 2
+        x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
+        # x1 = center - width / 2, and the width is the exponential of its offset.
+        center = offsets[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2
+        half_size = offsets[:, 2:] * torch.stack([x2 - x1, y2 - y1], dim=1) ** 2 / 4
+        return (center + half_size).repeat(1, 2)
 
 
 class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):

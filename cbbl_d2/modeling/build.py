@@ -23,6 +23,8 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
         ConfigError: a key of ``MODEL.CBBL`` has an impossible value.
     """
     check_cbbl_config(cfg)
+    if head in ("RETINANET", "FCOS"):
+        _refuse_voting(cfg)
     node = cfg.MODEL.CBBL[head] if head else cfg.MODEL.CBBL
     return _grid(
         f"MODEL.CBBL.{head}{'.' if head else ''}",
@@ -36,6 +38,7 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
 def build_cascade_grids(cfg) -> List[torch.Tensor]:
     """As :func:`build_grid`, one for each stage of a Cascade R-CNN."""
     check_cbbl_config(cfg)
+    _refuse_voting(cfg)
     c = cfg.MODEL.CBBL
     num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     settings = [
@@ -58,6 +61,15 @@ def build_localization_loss(cfg) -> LocalizationLoss:
         uncertainty_weight=c.UNCERTAINTY_WEIGHT,
         giou_weight=c.GIOU_WEIGHT,
     )
+
+
+def _refuse_voting(cfg) -> None:
+    sigma = cfg.MODEL.CBBL.VOTING_SIGMA
+    if sigma != 0:
+        raise ConfigError(
+            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only Faster, Mask "
+            "and Keypoint R-CNN vote"
+        )
 
 
 def _grid(keys: str, alpha: float, beta: float, num_intervals: int, **kwargs) -> torch.Tensor:

@@ -6,9 +6,10 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from .box_regression import CBBLBox2BoxTransform
+from .box_voting import variance_voting
 from .build import build_grid, build_localization_loss
 from .localization_loss import LocalizationLoss
 from .output_layer import distribution_layer
@@ -19,6 +20,7 @@ Shape shorthand in this module:
     R: number of ROIs, combined over all images, in the minibatch
     Rf: number of foreground ROIs among them
     Ri: number of ROIs in image i
+    D: number of detections in an image
     K: number of foreground classes
     B: number of grid points, MODEL.CBBL.NUM_INTERVALS + 1
     T: number of terms of the localisation loss, see LocalizationLoss
@@ -46,6 +48,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         box2box_transform: CBBLBox2BoxTransform,
         localization_loss: Optional[LocalizationLoss] = None,
         init_std: float = 0.0,
+        voting_sigma: float = 0.0,
         **kwargs,
     ):
         """
@@ -55,11 +58,13 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             localization_loss: None: that of the paper's first version, the class's defaults.
             init_std: width of the distribution that the untrained layer predicts, see
                 :func:`cbbl_d2.distribution.gaussian_logits`; 0: the uniform distribution.
+            voting_sigma: of :func:`variance_voting` at inference; 0: no voting.
             kwargs: passed to ``FastRCNNOutputLayers``. Its ``box_reg_loss_type`` and
                 ``smooth_l1_beta`` have no effect here.
         """
         super().__init__(input_shape, box2box_transform=box2box_transform, **kwargs)
         self.localization_loss = localization_loss or LocalizationLoss()
+        self.voting_sigma = voting_sigma
         self.bbox_pred = distribution_layer(
             self.bbox_pred, box2box_transform.grid, weight_std=0.001, init_std=init_std
         )
@@ -73,6 +78,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             ),
             "localization_loss": build_localization_loss(cfg),
             "init_std": cfg.MODEL.CBBL.INIT_STD,
+            "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
         }
 
     def losses(self, predictions, proposals) -> Dict[str, torch.Tensor]:
@@ -109,20 +115,25 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     def inference(self, predictions: Tuple[torch.Tensor, torch.Tensor], proposals: List[Instances]):
         """
-        As in the base class. A class-specific head decodes only the (box, class) pairs whose
-        score is above the threshold: the others are dropped next anyway.
-        """
-        if self._is_class_agnostic(predictions[1]):
-            return super().inference(predictions, proposals)
+        As in the base class, with variance voting if ``voting_sigma`` is not 0. The results have
+        one more field, ``pred_boxes_std``: shape ``(D, 4)``, the standard deviation of the sides
+        x1, y1, x2, y2 before voting, relative to the width or height of the box, see
+        :meth:`CBBLBox2BoxTransform.side_variances`.
 
+        A class-specific head decodes only the (box, class) pairs whose score is above the
+        threshold: the others are dropped next anyway.
+        """
         scores = self.predict_probs(predictions, proposals)
         # Not len(), which tracing would make a constant.
         logits = predictions[1].split([p.proposal_boxes.tensor.shape[0] for p in proposals])
-        boxes = [
-            self._decode_above_threshold(logits_i, p.proposal_boxes.tensor, scores_i)
-            for logits_i, scores_i, p in zip(logits, scores, proposals)
-        ]
-        return fast_rcnn_inference(
+        if self._is_class_agnostic(predictions[1]):
+            boxes = self.predict_boxes(predictions, proposals)
+        else:
+            boxes = [
+                self._decode_above_threshold(logits_i, p.proposal_boxes.tensor, scores_i)
+                for logits_i, scores_i, p in zip(logits, scores, proposals)
+            ]
+        results, kept = fast_rcnn_inference(
             boxes,
             scores,
             [p.image_size for p in proposals],
@@ -130,17 +141,81 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.test_nms_thresh,
             self.test_topk_per_image,
         )
+        for result, kept_i, boxes_i, scores_i, logits_i, p in zip(
+            results, kept, boxes, scores, logits, proposals
+        ):
+            # fast_rcnn_inference leaves out what is not finite before it counts.
+            finite = torch.isfinite(boxes_i).all(dim=1) & torch.isfinite(scores_i).all(dim=1)
+            self._add_uncertainty(
+                result,
+                kept_i,
+                scores_i[finite],
+                logits_i[finite],
+                p.proposal_boxes.tensor[finite],
+            )
+        return results, kept
+
+    def _add_uncertainty(self, result: Instances, regions, scores, logits, proposal_boxes) -> None:
+        """
+        Set ``pred_boxes_std``, and vote.
+
+        Args:
+            result: D detections of one image; changed in place.
+            regions: the ROI of each detection, shape ``(D,)``.
+            scores, logits, proposal_boxes: of the Ri ROIs of the image.
+        """
+        variances = self.box2box_transform.side_variances(
+            self._logits_of_class(logits[regions], result.pred_classes), proposal_boxes[regions]
+        )
+        boxes = result.pred_boxes.tensor
+        sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
+        result.pred_boxes_std = variances.sqrt() / sizes
+        if self.voting_sigma == 0:
+            return
+
+        regions, classes = nonzero_tuple(scores[:, : self.num_classes] > self.test_score_thresh)
+        logits, proposal_boxes = (
+            self._logits_of_class(logits[regions], classes),
+            proposal_boxes[regions],
+        )
+        candidates = Boxes(self.box2box_transform.apply_deltas(logits, proposal_boxes))
+        candidates.clip(result.image_size)
+        variances = self.box2box_transform.side_variances(logits, proposal_boxes)
+        # A side that is sure to a hundredth of the proposal is sure enough: no candidate has all
+        # the votes.
+        least = (0.01 * (proposal_boxes[:, 2:] - proposal_boxes[:, :2]).repeat(1, 2)) ** 2
+        result.pred_boxes = Boxes(
+            variance_voting(
+                boxes,
+                result.pred_classes,
+                candidates.tensor,
+                classes,
+                scores[regions, classes],
+                variances + least.clamp(min=1e-6),
+                self.voting_sigma,
+            )
+        )
 
     def _is_class_agnostic(self, logits: torch.Tensor) -> bool:
         return logits.shape[1] == 4 * self.box2box_transform.num_points
 
     def _foreground_logits(self, logits, foreground, gt_classes) -> torch.Tensor:
         """The logits that the loss sees, shape ``(Rf, 4 * B)``: those of the true class."""
+        return self._logits_of_class(logits[foreground], gt_classes[foreground])
+
+    def _logits_of_class(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: of some ROIs, shape ``(R, 4 * B)`` or ``(R, K * 4 * B)``.
+            classes: shape ``(R,)``, in ``[0, K)``.
+
+        Returns:
+            Tensor: shape ``(R, 4 * B)``.
+        """
         if self._is_class_agnostic(logits):
-            return logits[foreground]
-        num_logits = 4 * self.box2box_transform.num_points
-        logits = logits.view(len(logits), self.num_classes, num_logits)
-        return logits[foreground, gt_classes[foreground]]
+            return logits
+        logits = logits.view(-1, self.num_classes, 4 * self.box2box_transform.num_points)
+        return logits[torch.arange(logits.shape[0], device=logits.device), classes]
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """

@@ -215,7 +215,8 @@ def test_class_specific_inference_decodes_only_pairs_above_the_threshold(monkeyp
     predictor.inference((scores, logits), [p])
     above = int((scores.softmax(-1)[:, :K] > 0.4).sum())
     assert 0 < above < 30
-    assert decoded == [(above, 4 * B)]
+    # And once more the detections, for how sure it is of them.
+    assert decoded[0] == (above, 4 * B) and all(n <= above for n, _ in decoded)
 
 
 @pytest.mark.parametrize("agnostic", (True, False))

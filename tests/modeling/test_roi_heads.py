@@ -1,9 +1,10 @@
 import pytest
 import torch
-from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes
 
 from cbbl_d2.distribution import exponential_grid
+from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 
 from .detectors import NUM_CLASSES, batch, build, config, set_score_threshold
@@ -80,3 +81,17 @@ def test_test_time_augmentation(name):
     assert torch.isfinite(boxes).all() and (boxes >= 0).all()
     assert (boxes <= torch.tensor([100, 80, 100, 80])).all()
     assert instances.has("pred_masks") == (name == "mask")
+
+
+@pytest.mark.parametrize("name", ("cascade", "retinanet", "fcos"))
+def test_detectors_that_do_not_vote_say_so(name):
+    cfg = config(name)
+    cfg.MODEL.CBBL.VOTING_SIGMA = 0.05
+    with pytest.raises(ConfigError, match="VOTING_SIGMA = 0.05: must be 0 for this detector"):
+        build_model(cfg)
+
+
+def test_voting_reaches_the_predictor():
+    cfg = config("faster")
+    cfg.MODEL.CBBL.VOTING_SIGMA = 0.05
+    assert build_model(cfg).roi_heads.box_predictor.voting_sigma == 0.05

@@ -1,0 +1,49 @@
+"""Boxes averaged by how sure the detector is of each of their sides."""
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+
+"""
+Shape shorthand in this module:
+
+    D: number of detections that NMS has kept, in one image
+    M: number of candidates, the boxes before NMS, in the same image
+"""
+
+
+def variance_voting(
+    boxes: torch.Tensor,
+    classes: torch.Tensor,
+    candidates: torch.Tensor,
+    candidate_classes: torch.Tensor,
+    candidate_scores: torch.Tensor,
+    candidate_variances: torch.Tensor,
+    sigma: float,
+) -> torch.Tensor:
+    """
+    Replace each side of a detection by a weighted mean of the same side of the candidates of its
+    class that overlap it: "variance voting" of Softer-NMS (KL loss, arXiv 1809.08545, section 3.4),
+    with weights
+
+    ``score_j * exp(-(1 - IoU_ij)^2 / sigma) / variance_j``.
+
+    The factor ``score_j`` is not Softer-NMS's: it was measured to help, see docs/study.md.
+
+    Args:
+        boxes: the detections, shape ``(D, 4)``, XYXY, pixels.
+        classes: shape ``(D,)``.
+        candidates: shape ``(M, 4)``; the detections are among them.
+        candidate_classes, candidate_scores: shape ``(M,)``.
+        candidate_variances: of the sides, shape ``(M, 4)``, > 0, square pixels.
+        sigma: > 0; the smaller, the closer a candidate has to lie to have a say.
+
+    Returns:
+        Tensor: boxes, shape ``(D, 4)``. One without an overlapping candidate stays as it is.
+    """
+    iou = pairwise_iou(Boxes(boxes), Boxes(candidates))
+    closeness = torch.exp(-((1 - iou) ** 2) / sigma) * candidate_scores
+    closeness = closeness * ((classes[:, None] == candidate_classes) & (iou > 0))
+    weights = closeness[:, :, None] / candidate_variances  # (D, M, 4)
+    total = weights.sum(dim=1)
+    voted = (weights * candidates).sum(dim=1) / total
+    return torch.where(total > 0, voted, boxes)
