@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""
+What variance voting (MODEL.CBBL.VOTING_SIGMA) gains, and how much of it any detector would gain by
+voting without variances: the control. Evaluates one checkpoint of a Faster R-CNN, stock or C-BBL,
+several times; trains nothing.
+
+    python benchmarks/box_voting.py --config-file configs/SmallShapes/cbbl.yaml \\
+        --weights output/small_shapes_cbbl/model_final.pth
+"""
+
+import argparse
+
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
+import torch
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes
+
+from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
+from cbbl_d2.errors import UserError
+from cbbl_d2.modeling import CBBLBox2BoxTransform
+from cbbl_d2.modeling.box_voting import variance_voting
+
+METRICS = ("AP", "AP50", "AP75", "APvs")
+
+
+def vote(predictor: FastRCNNOutputLayers, predictions, proposals, results, sigma, by_variance):
+    """Let the candidates vote on the boxes of ``results``, in place."""
+    scores = predictor.predict_probs(predictions, proposals)
+    boxes = predictor.predict_boxes(predictions, proposals)
+    sizes = [len(p) for p in proposals]
+    for result, scores_i, boxes_i, logits_i, p in zip(
+        results, scores, boxes, predictions[1].split(sizes), proposals
+    ):
+        region, class_ = torch.nonzero(
+            scores_i[:, :-1] > predictor.test_score_thresh, as_tuple=True
+        )
+        candidates = boxes_i.view(len(boxes_i), -1, 4)
+        candidates = candidates[region, class_ if candidates.shape[1] > 1 else 0]
+        clipped = Boxes(candidates)
+        clipped.clip(result.image_size)
+        variances = torch.ones_like(candidates)
+        if by_variance:
+            variances = predictor.box2box_transform.side_variances(
+                logits_i[region], p.proposal_boxes.tensor[region]
+            )
+        result.pred_boxes = Boxes(
+            variance_voting(
+                result.pred_boxes.tensor,
+                result.pred_classes,
+                clipped.tensor,
+                class_,
+                scores_i[region, class_],
+                variances.clamp(min=1e-4),
+                sigma,
+            )
+        )
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", required=True, help="checkpoint")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2])
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
+    args = parser.parse_args()
+
+    cfg = load_config(args.config_file, ["OUTPUT_DIR", "output/box_voting", *args.opts])
+    if cfg.MODEL.CBBL.VOTING_SIGMA != 0:
+        cfg.MODEL.CBBL.VOTING_SIGMA = 0.0  # the votes are counted here
+    model = CBBLTrainer.build_model(cfg)
+    CBBLCheckpointer(model, require_all=True).resume_or_load(args.weights, resume=False)
+    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+    if not isinstance(predictor, FastRCNNOutputLayers):
+        raise UserError(f"{args.config_file}: no Faster R-CNN")
+    agnostic = cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
+    knows_variances = isinstance(predictor.box2box_transform, CBBLBox2BoxTransform) and agnostic
+    plain = predictor.inference
+
+    def evaluate(sigma: float, by_variance: bool):
+        def inference(predictions, proposals):
+            results, kept = plain(predictions, proposals)
+            if sigma > 0:
+                vote(predictor, predictions, proposals, results, sigma, by_variance)
+            return results, kept
+
+        predictor.inference = inference
+        return CBBLTrainer.test(cfg, model)["bbox"]
+
+    rows = [("no voting", evaluate(0.0, False))]
+    for sigma in args.sigma:
+        rows.append((f"voting, sigma {sigma:g}", evaluate(sigma, False)))
+        if knows_variances:
+            rows.append((f"variance voting, sigma {sigma:g}", evaluate(sigma, True)))
+    print(f"\n| {args.weights} | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
+    for name, results in rows:
+        print(f"| {name} | {' | '.join(f'{results[m]:.2f}' for m in METRICS)} |")
+
+
+if __name__ == "__main__":
+    main()
