@@ -1,12 +1,13 @@
 """
 COCO metrics of boxes, masks and keypoints, with one more number for boxes, the AP of very small
-objects.
+objects, and with what the benchmarks of public data sets count.
 """
 
 import contextlib
 import io
 import os
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
@@ -14,6 +15,8 @@ from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 
 from cbbl_d2.data.coco_format import clean_ground_truth
+from cbbl_d2.data.ignored_regions import covered_share
+from cbbl_d2.data.public_data import EvaluationRules, SizeMetric
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import short
 
@@ -21,12 +24,14 @@ from cbbl_d2.messages import short
 # reaches up to 32^2, and objects between 16 and 32 pixels can hide what happens below. AI-TOD draws
 # its line for "tiny" at 16 pixels as well, where a shift by one pixel already costs 0.12 of IoU.
 VERY_SMALL_AREA = 16**2
+_VERY_SMALL = SizeMetric("APvs", 0, VERY_SMALL_AREA)
 
 # The points of a person: what COCO's own sigmas, which an empty TEST.KEYPOINT_OKS_SIGMAS stands
 # for, belong to.
 _NUM_COCO_KEYPOINTS = 17
 
 _COLUMNS = ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl")
+_COCO_RULES = EvaluationRules()
 
 
 class SmallObjectCOCOEvaluator(COCOEvaluator):
@@ -37,46 +42,85 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
     As with APs, larger objects and unmatched larger detections neither count for nor against.
     ``APvs`` is NaN where the data set has no such object and where there are no predictions.
 
+    Where a benchmark has sizes and rules of its own (:class:`EvaluationRules`), its numbers are
+    added. One with the name of a number of COCO (APs, APm) takes its place: the log says which.
+
     Masks and keypoints are evaluated where the predictions hold them, as Detectron2 does, and
     where there is no prediction at all with the metrics NaN, as for boxes.
     """
 
-    def __init__(self, *args, expected_tasks=("bbox",), **kwargs):
+    def __init__(
+        self, *args, expected_tasks=("bbox",), rules: EvaluationRules = _COCO_RULES, **kwargs
+    ):
         """
         Args:
             expected_tasks: what the model predicts, of "bbox", "segm" and "keypoints"; asked for
                 where nothing was predicted. The other arguments are those of
                 :class:`COCOEvaluator`.
+            rules: of the benchmark; ``max_detections`` is not read here, it is
+                ``max_dets_per_image``.
         """
         super().__init__(*args, **kwargs)
         self._expected_tasks = sorted(expected_tasks)
+        self._rules = rules
 
     def _tasks_from_predictions(self, predictions):
         return super()._tasks_from_predictions(predictions) if predictions else self._expected_tasks
 
+    def _eval_predictions(self, predictions, *args, **kwargs):
+        share = self._rules.ignored_region_share
+        if share is not None:
+            predictions = _outside_ignored_regions(predictions, self._coco_api.imgs, share)
+        super()._eval_predictions(predictions, *args, **kwargs)
+
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        if iou_type == "bbox":
-            results["APvs"] = _average_precision(coco_eval, [0, VERY_SMALL_AREA])
-            columns = {key: results[key] for key in _COLUMNS if key in results}
-            self._logger.info(
-                f"AP by size; APvs: objects of at most {VERY_SMALL_AREA} square pixels\n"
-                + create_small_table(columns)
+        if iou_type != "bbox":
+            return results
+        results["APvs"] = _average_precision(coco_eval, _VERY_SMALL)
+        metrics = self._rules.size_metrics
+        for metric in metrics:
+            results[metric.name] = _average_precision(
+                coco_eval, metric, self._rules.ignores_by_coverage
             )
+        names = _COLUMNS if not metrics else (*_COLUMNS[:4], *(m.name for m in metrics))
+        columns = {name: results[name] for name in names if name in results}
+        caption = f"AP by size; APvs: objects of at most {VERY_SMALL_AREA} square pixels"
+        if metrics:
+            caption += "".join(f"; {metric.name}: {_describe(metric)}" for metric in metrics)
+            caption += " (the benchmark's, not COCO's of the table above)"
+        self._logger.info(f"{caption}\n{create_small_table(columns)}")
         return results
 
 
-def _average_precision(coco_eval, area_range) -> float:
-    """AP in percent over one range of areas, on the objects and detections of ``coco_eval``."""
+def _describe(metric: SizeMetric) -> str:
+    low, high = metric.min_area**0.5, metric.max_area**0.5
+    size = f"{low:g} to {high:g} px" if high < 1e4 else f"from {low:g} px"
+    return size if metric.iou is None else f"{size}, IoU {metric.iou:g}"
+
+
+def _average_precision(coco_eval, metric: SizeMetric, by_coverage: bool = False) -> float:
+    """
+    AP in percent of the objects and detections of ``coco_eval``.
+
+    Args:
+        by_coverage: a detection is also ignored where it lies in an object of another size, see
+            ``EvaluationRules.ignores_by_coverage``.
+    """
     if coco_eval is None:  # Detectron2's way to say that there were no predictions
         return float("nan")
+    truth = coco_eval.cocoGt
+    if by_coverage:
+        truth = _others_as_crowds(truth, metric)
     # Another pass on a new object: a fourth area range on the old one would shift what Detectron2
     # reads from it by position. Its type keeps the fast implementation where that is in use.
-    again = type(coco_eval)(coco_eval.cocoGt, coco_eval.cocoDt, coco_eval.params.iouType)
+    again = type(coco_eval)(truth, coco_eval.cocoDt, coco_eval.params.iouType)
     again.params.imgIds = coco_eval.params.imgIds
     again.params.maxDets = coco_eval.params.maxDets
-    again.params.areaRng = [area_range]
-    again.params.areaRngLbl = ["very small"]
+    again.params.areaRng = [[metric.min_area, metric.max_area]]
+    again.params.areaRngLbl = [metric.name]
+    if metric.iou is not None:
+        again.params.iouThrs = np.array([metric.iou])
     with contextlib.redirect_stdout(io.StringIO()):
         again.evaluate()
         again.accumulate()
@@ -86,11 +130,50 @@ def _average_precision(coco_eval, area_range) -> float:
     return float(precision.mean() * 100) if precision.size else float("nan")
 
 
+def _others_as_crowds(truth: COCO, metric: SizeMetric) -> COCO:
+    """
+    The ground truth in which objects of other sizes are crowds. COCO's metric ignores them in any
+    case, but a crowd is matched by the share of a detection that lies in it, and more than once.
+    """
+    changed = COCO()
+    changed.dataset = dict(
+        truth.dataset,
+        annotations=[
+            a if metric.min_area <= a["area"] <= metric.max_area else dict(a, iscrowd=1)
+            for a in truth.dataset["annotations"]
+        ],
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        changed.createIndex()
+    return changed
+
+
+def _outside_ignored_regions(predictions: list[dict], images: dict, share: float) -> list[dict]:
+    """
+    The predictions without detections that lie in the ignored regions of their image.
+
+    Args:
+        predictions: as :class:`COCOEvaluator` collects them.
+        images: id -> entry of the COCO file, with its ``ignored_regions``.
+        share: of a detection's area, from which on it is dropped.
+    """
+    kept = []
+    for prediction in predictions:
+        image = images[prediction["image_id"]]
+        instances, regions = prediction.get("instances", []), image.get("ignored_regions", [])
+        boxes = [instance["bbox"] for instance in instances]
+        shares = covered_share(boxes, regions, image["height"], image["width"])
+        outside = [i for i, s in zip(instances, shares) if s < share]
+        kept.append(dict(prediction, instances=outside))
+    return kept
+
+
 def build_coco_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> SmallObjectCOCOEvaluator:
     """
     The evaluator for a data set in COCO format; runs with and without Detectron2's C++ extension.
+    The rules of a benchmark are taken from ``evaluation_rules`` in the metadata of the data set.
 
     Its results hold "bbox", with ``MODEL.MASK_ON`` also "segm", with ``MODEL.KEYPOINT_ON`` also
     "keypoints". For masks and keypoints, too, the sizes of APs, APm, APl are the annotated areas.
@@ -112,17 +195,20 @@ def build_coco_evaluator(
     # COCO counts the best 100 detections of each class in an image. A model that is allowed more,
     # on images with hundreds of objects, would lose the rest without a word. Below 100 the model's
     # own limit acts, and the metric keeps COCO's definition. (For keypoints it is 20, always.)
+    rules = MetadataCatalog.get(dataset_name).get("evaluation_rules", _COCO_RULES)
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    limit = limit if limit > 100 else None
     tasks = ["bbox"]
     tasks += ["segm"] if cfg.MODEL.MASK_ON else []
     tasks += ["keypoints"] if cfg.MODEL.KEYPOINT_ON else []
     evaluator = SmallObjectCOCOEvaluator(
         dataset_name,
         output_dir=output_folder,
-        max_dets_per_image=limit if limit > 100 else None,
+        max_dets_per_image=rules.max_detections or limit,
         use_fast_impl=_has_fast_evaluation(),
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         expected_tasks=tasks,
+        rules=rules,
     )
     # The same boxes as in training: without those that cannot be used.
     clean_ground_truth(dataset_name, evaluator._coco_api)

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""
+Convert a public data set of small objects, in the format in which it is published, to COCO format.
+
+    python tools/convert_dataset.py visdrone
+    python tools/convert_dataset.py visdrone --split train --erase-ignored
+    python tools/convert_dataset.py tinyperson
+    python tools/convert_dataset.py aitod --version 2 --split trainval test
+
+It is registered under the names that docs/public_data.md lists. What was downloaded stays as it is.
+"""
+
+import argparse
+import os
+import sys
+
+import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
+
+from cbbl_d2.data.ai_tod import AI_TOD_SPLITS, ai_tod_annotation_files, convert_ai_tod
+from cbbl_d2.data.public_data import dataset_folder
+from cbbl_d2.data.tiny_person import TINY_PERSON_FILES, convert_tiny_person
+from cbbl_d2.data.visdrone import VISDRONE_FOLDERS, convert_visdrone
+from cbbl_d2.engine import one_line_errors
+from cbbl_d2.errors import UserError
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sets = parser.add_subparsers(
+        dest="data_set", required=True, metavar="visdrone|tinyperson|aitod"
+    )
+    for name, folder, splits in (
+        ("visdrone", "VisDrone", VISDRONE_FOLDERS),
+        ("tinyperson", "tiny_set", TINY_PERSON_FILES),
+        ("aitod", "AI-TOD", AI_TOD_SPLITS),
+    ):
+        p = sets.add_parser(name, help=f"python tools/convert_dataset.py {name} --help")
+        p.add_argument(
+            "--root",
+            default=dataset_folder(folder),
+            help="folder of the data set (default: %(default)s, where the registered names look "
+            "for it; it follows $DETECTRON2_DATASETS)",
+        )
+        p.add_argument(
+            "--split",
+            nargs="+",
+            choices=tuple(splits),
+            default=None,
+            help="what to convert (default: all whose annotations are there)",
+        )
+        if name == "visdrone":
+            p.add_argument(
+                "--erase-ignored",
+                action="store_true",
+                help="paint over the ignored regions on copies of the images, so that training "
+                "does not take unlabelled objects for background (train alone)",
+            )
+        else:
+            p.add_argument("--annotations", help="another annotation file, relative to --root")
+            p.add_argument("--images", help="another image folder, relative to --root")
+        if name == "aitod":
+            p.add_argument(
+                "--version", type=int, choices=(1, 2), default=1, help="2: AI-TOD-v2 (default: 1)"
+            )
+    args = parser.parse_args(argv)
+    one_split = args.split is not None and len(args.split) == 1
+    for option in ("annotations", "images"):
+        if getattr(args, option, None) and not one_split:
+            parser.error(f"--{option} needs the one --split that it holds")
+    if getattr(args, "erase_ignored", False) and args.split != ["train"]:
+        parser.error("--erase-ignored is for --split train alone")
+    return args
+
+
+def splits_there(args: argparse.Namespace) -> list[str]:
+    """The splits whose annotations have been downloaded."""
+    if args.data_set == "visdrone":
+        files = {s: [os.path.join(f, "annotations")] for s, f in VISDRONE_FOLDERS.items()}
+    elif args.data_set == "tinyperson":
+        files = {split: files for split, (files, _) in TINY_PERSON_FILES.items()}
+    else:
+        files = {split: ai_tod_annotation_files(split, args.version) for split in AI_TOD_SPLITS}
+    there = [
+        split
+        for split, candidates in files.items()
+        if any(os.path.exists(os.path.join(args.root, path)) for path in candidates)
+    ]
+    if not there:
+        looked = ", ".join(candidates[0] for candidates in files.values())
+        raise UserError(
+            f"{args.root}: nothing to convert; looked for {looked}: download the data set (see "
+            "docs/public_data.md), or give its folder as --root"
+        )
+    return there
+
+
+@one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if not os.path.isdir(args.root):
+        raise UserError(
+            f"{args.root}: no such folder: download the data set (see docs/public_data.md), or "
+            "give its folder as --root"
+        )
+    for split in args.split or splits_there(args):
+        if args.data_set == "visdrone":
+            line = convert_visdrone(args.root, split, args.erase_ignored)
+        elif args.data_set == "tinyperson":
+            line = convert_tiny_person(args.root, split, args.annotations, args.images)
+        else:
+            line = convert_ai_tod(args.root, split, args.version, args.annotations, args.images)
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
