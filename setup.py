@@ -39,6 +39,10 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
+    # Sliced inference and training data; the oldest version that was tried. It asks for
+    # opencv-python, which puts its files where those of opencv-python-headless are: see
+    # docs/large_images.md for an installation without it.
+    "sahi": ["sahi>=0.12.8"],
     "dev": [
         "pytest>=7.3",  # the first one with `tmp_path_retention_policy`
         "ruff>=0.5",  # `ruff check` and `ruff format` with the settings of pyproject.toml

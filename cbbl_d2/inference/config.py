@@ -1,0 +1,88 @@
+"""The config of a checkpoint: Detectron2 writes it beside the checkpoints of a training."""
+
+import os
+from typing import Sequence
+
+import yaml
+from detectron2.config import CfgNode
+
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.engine.cli import load_config
+from cbbl_d2.errors import ConfigError, UserError
+
+CONFIG_NAME = "config.yaml"
+
+
+def find_config(weights: str) -> str:
+    """
+    The config that a training has stored beside its checkpoints.
+
+    Args:
+        weights: path of a checkpoint.
+
+    Returns:
+        the path of ``config.yaml`` in the folder of the checkpoint.
+
+    Raises:
+        UserError: there is no such file, or it is a Lazy config.
+    """
+    path = os.path.join(os.path.dirname(weights), CONFIG_NAME)
+    if "://" in weights or not os.path.isfile(path):
+        raise UserError(
+            f"{weights}: no {CONFIG_NAME} beside it, which a training writes there: give the "
+            "config of the training with --config-file"
+        )
+    if _is_lazy(path):
+        raise UserError(
+            f"{path}: a Lazy config, which only train_net.py takes: give the YAML config of the "
+            "same model with --config-file"
+        )
+    return path
+
+
+def load_inference_config(
+    weights: str,
+    config_file: str | None = None,
+    opts: Sequence[str] = (),
+    score_threshold: float | None = None,
+) -> CfgNode:
+    """
+    The config to run a checkpoint with. The data sets that it names are registered, but their files
+    need not exist.
+
+    Args:
+        weights: path of a checkpoint; becomes ``MODEL.WEIGHTS``.
+        config_file: a YAML config; None: the one stored beside the checkpoint.
+        opts: ``[key, value, ...]``, on top of it.
+        score_threshold: lowest score of a prediction; None: the config's.
+
+    Raises:
+        ConfigError: see :func:`cbbl_d2.engine.load_config`.
+        UserError: see :func:`find_config`, or there are no weights.
+    """
+    if "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"{weights}: no such weights file (--weights)")
+    cfg = load_config(config_file or find_config(weights), list(opts))
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
+    cfg.MODEL.WEIGHTS = weights
+    if score_threshold is not None:
+        for node in ("ROI_HEADS", "RETINANET", "FCOS"):
+            if node in cfg.MODEL:
+                cfg.MODEL[node].SCORE_THRESH_TEST = score_threshold
+    register_from_config(cfg)
+    return cfg
+
+
+def _is_lazy(path: str) -> bool:
+    """Whether a stored config is that of a Lazy training, whose keys are others."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            # Lazy configs may hold tags of Python objects: compose() reads no more than the keys.
+            node = yaml.compose(f, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # load_config says what is wrong with it
+    if not isinstance(node, yaml.MappingNode):
+        return False
+    keys = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+    return "model" in keys and "MODEL" not in keys

@@ -1,0 +1,158 @@
+"""
+Predictions as files: COCO results, COCO annotations (CVAT, Label Studio), CSV and YOLO labels.
+Every file is written whole or not at all.
+"""
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+from detectron2.utils.visualizer import GenericMask
+from pycocotools import mask as mask_util
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_write
+
+from .classes import Classes
+from .results import ImageResult
+from .sources import unique_stems
+
+_COLUMNS = "image_id file_name class_id class score x_min y_min x_max y_max".split()
+# Fields of a detection that the columns of the CSV file hold already, or cannot hold.
+_NOT_EXTRA = ("image_id", "category_id", "bbox", "score", "segmentation", "keypoints")
+
+
+def write_coco_results(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
+    """
+    The format of COCO's results, a list of detections, as ``COCO.loadRes`` of pycocotools reads it.
+    """
+    write_json(
+        path,
+        [
+            {**detection, "category_id": classes.ids[detection["category_id"]]}
+            for result in results
+            for detection in result.detections
+        ],
+    )
+
+
+def write_coco_annotations(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
+    """
+    The format of COCO's annotations, with images and categories, which labelling tools import. The
+    ids are those of :func:`write_coco_results`. Each annotation also has its "score".
+    """
+    images, annotations = [], []
+    for result in results:
+        images.append(
+            {
+                "id": result.image_id,
+                "file_name": result.file_name,
+                "height": result.height,
+                "width": result.width,
+            }
+        )
+        for detection in result.detections:
+            _, _, width, height = detection["bbox"]
+            annotation = {
+                **detection,
+                "id": len(annotations) + 1,  # pycocotools takes the id 0 for "no match"
+                "category_id": classes.ids[detection["category_id"]],
+                "area": width * height,
+                "iscrowd": 0,
+                "segmentation": [],
+            }
+            if "segmentation" in detection:
+                rle = detection["segmentation"]
+                annotation["area"] = float(mask_util.area(rle))
+                mask = GenericMask(rle, result.height, result.width)
+                annotation["segmentation"] = [x.tolist() for x in mask.polygons]
+            if "keypoints" in detection:
+                # The third value is a score in results, and a visibility in annotations.
+                points = np.reshape(detection["keypoints"], (-1, 3)).copy()
+                points[:, 2] = 2
+                annotation["keypoints"] = points.ravel().tolist()
+                annotation["num_keypoints"] = len(points)
+            annotations.append(annotation)
+    write_json(
+        path,
+        {"images": images, "annotations": annotations, "categories": classes.categories()},
+    )
+
+
+def write_csv(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
+    """
+    One line for each detection: ``image_id, file_name, class_id, class, score, x_min, y_min, x_max,
+    y_max``, in pixels; then other fields of the model, if it makes any, as ``NAME_0, NAME_1``, ...
+    """
+    detections = [d for result in results for d in result.detections]
+    names = {k: np.size(v) for d in detections[:1] for k, v in d.items() if k not in _NOT_EXTRA}
+    extra = [f"{k}_{i}" if size > 1 else k for k, size in names.items() for i in range(size)]
+    with open_whole(path) as f:
+        table = csv.writer(f, lineterminator="\n")
+        table.writerow(_COLUMNS + extra)
+        for result in results:
+            for d in result.detections:
+                x, y, width, height = d["bbox"]
+                table.writerow(
+                    [
+                        result.image_id,
+                        result.file_name,
+                        classes.ids[d["category_id"]],
+                        classes.names[d["category_id"]],
+                        f"{d['score']:.5f}",
+                        *(f"{value:.3f}" for value in (x, y, x + width, y + height)),
+                        *(f"{value:.6g}" for k in names for value in np.ravel(d[k])),
+                    ]
+                )
+
+
+def write_yolo(folder: str, results: Sequence[ImageResult], classes: Classes) -> None:
+    """
+    ``labels/IMAGE.txt`` for every image, also for one without objects: a line ``class x y width
+    height`` for each, the class from 0, the middle and the size of the box relative to the image's.
+    ``classes.txt`` has the names, one a line; ``data.yaml`` has them as Ultralytics reads them.
+    """
+    for stem, result in zip(unique_stems([r.file_name for r in results]), results):
+        lines = []
+        for detection in result.detections:
+            x, y, width, height = detection["bbox"]
+            values = (
+                (x + width / 2) / result.width,
+                (y + height / 2) / result.height,
+                width / result.width,
+                height / result.height,
+            )
+            lines.append(f"{detection['category_id']} " + " ".join(f"{v:.6f}" for v in values))
+        with open_whole(os.path.join(folder, "labels", f"{stem}.txt")) as f:
+            f.writelines(f"{line}\n" for line in lines)
+    with open_whole(os.path.join(folder, "classes.txt")) as f:
+        f.writelines(f"{name}\n" for name in classes.names)
+    with open_whole(os.path.join(folder, "data.yaml")) as f:
+        f.write("path: .\ntrain: images\nval: images\nnames:\n")
+        # A JSON string is one of YAML, too, whatever is in the name.
+        f.writelines(f"  {i}: {json.dumps(name)}\n" for i, name in enumerate(classes.names))
+
+
+def write_json(path: str, content: Any) -> None:
+    with open_whole(path) as f:
+        json.dump(content, f)
+
+
+@contextlib.contextmanager
+def open_whole(path: str, mode: str = "w") -> Iterator[IO]:
+    """
+    :func:`cbbl_d2.files.atomic_write` that makes the folder.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with atomic_write(path, mode) as f:
+            yield f
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e

@@ -1,0 +1,285 @@
+import csv
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from pycocotools.coco import COCO  # noqa: E402
+from pycocotools.cocoeval import COCOeval  # noqa: E402
+
+from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
+from cbbl_d2.engine import load_config  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TINY = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "8"]
+TINY += ["MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.RPN.CONV_DIMS", "[8]"]
+TINY += ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "5", "DATASETS.TRAIN", "()"]
+TINY += ["DATASETS.TEST", "('small_shapes_val',)"]
+NAME = "cbbl_test_predict"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("predict", ROOT / "tools/predict.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An untrained model.pth with config.yaml beside it, as a training writes them."""
+    folder = tmp_path_factory.mktemp("training")
+    cfg = load_config(str(ROOT / "configs/SmallShapes/cbbl.yaml"), TINY)
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return str(folder / "model.pth")
+
+
+@pytest.fixture
+def run(tool, weights, tmp_path):
+    """``run(arguments)``: the tool with a threshold of 0, writing into ``tmp_path/out``."""
+
+    def run(*args, weights=weights, threshold="0", output=tmp_path / "out"):
+        command = ["--weights", weights, "--output", str(output), *map(str, args)]
+        if threshold is not None:
+            command[:0] = ["--score-threshold", threshold]
+        tool.main(command)
+        return Path(output)
+
+    return run
+
+
+@pytest.fixture
+def error(run, capsys):
+    """``error(arguments)``: the one line that the tool ends with, once it has failed."""
+
+    def error(*args, **kwargs):
+        with pytest.raises(SystemExit) as e:
+            run(*args, **kwargs)
+        assert e.value.code == 1
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return error
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two images with an object each, registered with the five classes of the model."""
+    annotations = [
+        {"id": i, "image_id": 10 * i, "category_id": 4, "bbox": [5, 5, 30, 20], "area": 600}
+        for i in (1, 2)
+    ]
+    images = [{"id": 10 * i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
+    for i in (1, 2):
+        make_image(tmp_path / f"set/{i}.png", seed=i)
+    categories = [{"id": i, "name": f"name {i}"} for i in (2, 4, 6, 8, 9)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    register_coco_format(NAME, str(tmp_path / "set.json"), str(tmp_path / "set"))
+    yield NAME
+    DatasetCatalog.pop(NAME)
+    MetadataCatalog.pop(NAME)
+
+
+def make_image(path, height=40, width=60, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), image)
+    return path
+
+
+def make_video(path, frames=3):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 7, (64, 48))
+    for i in range(frames):
+        rng = np.random.default_rng(i)
+        writer.write(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    return path
+
+
+def files(folder):
+    return sorted(str(x.relative_to(folder)) for x in folder.rglob("*") if x.is_file())
+
+
+def test_the_checkpoint_alone_is_enough(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    make_image(tmp_path / "in/b.jpg", 50, 70)
+    make_video(tmp_path / "in/clip.mp4")
+    out = run("--input", tmp_path / "in")
+    frames = [f"clip/frame_00000{i}" for i in range(3)]
+    labels = [f"yolo/labels/{x}.txt" for x in ["a", "b", *frames]]
+    expected = ["annotations.json", "pictures/a.png", "pictures/b.png", "predictions.csv"]
+    expected += ["predictions.json", "videos/clip.mp4", "yolo/classes.txt", "yolo/data.yaml"]
+    assert files(out) == sorted(expected + labels)
+    assert f"in 5 images, written to {out}" in capsys.readouterr().out
+
+    coco = COCO(str(out / "annotations.json"))
+    assert [i["file_name"] for i in coco.imgs.values()] == [
+        "a.png",
+        "b.jpg",
+        *(f"{x}.png" for x in frames),
+    ]
+    assert [(i["width"], i["height"]) for i in coco.imgs.values()] == [
+        (60, 40),
+        (70, 50),
+        *[(64, 48)] * 3,
+    ]
+    assert coco.cats[1]["name"] == "disk"
+    results = json.loads((out / "predictions.json").read_text())
+    assert len(results) == len(coco.anns) > 0
+    with open(out / "predictions.csv", newline="") as f:
+        assert len(list(csv.DictReader(f))) == len(results)
+    assert sum(len((out / x).read_text().splitlines()) for x in labels) == len(results)
+
+    video = cv2.VideoCapture(str(out / "videos/clip.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and video.get(cv2.CAP_PROP_FPS) == 7
+
+
+def test_the_batch_size_changes_nothing(run, tmp_path):
+    for i, size in enumerate([(40, 60), (60, 40), (40, 60), (50, 50), (40, 60)]):
+        make_image(tmp_path / f"in/{i}.png", *size, seed=i)
+    results = []
+    for n in (1, 2, 5):
+        out = run("--input", tmp_path / "in", "--batch-size", n, output=tmp_path / f"{n}")
+        results.append(json.loads((out / "predictions.json").read_text()))
+    assert len(results[0]) > 5
+    for other in results[1:]:
+        assert [d["image_id"] for d in other] == [d["image_id"] for d in results[0]]
+        for a, b in zip(other, results[0], strict=True):
+            assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-2)
+            assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+
+
+def test_the_threshold(run, tmp_path, capsys):
+    make_image(tmp_path / "a.png")
+    out = run("--input", tmp_path / "a.png", threshold="1")
+    assert json.loads((out / "predictions.json").read_text()) == []
+    assert (out / "yolo/labels/a.txt").read_text() == ""
+    assert "No prediction has a score of 1 or more" in capsys.readouterr().out
+
+
+def test_a_limit_that_is_reached_is_said(run, tmp_path, capsys):
+    make_image(tmp_path / "a.png")
+    for limit, is_said in ((5, True), (50, False)):
+        opts = ["--opts", "TEST.DETECTIONS_PER_IMAGE", limit, "MODEL.RPN.POST_NMS_TOPK_TEST", 9]
+        run("--input", tmp_path / "a.png", *opts)
+        assert ("TEST.DETECTIONS_PER_IMAGE" in capsys.readouterr().out) == is_said
+
+
+def test_formats_that_are_not_wanted_are_not_written(run, tmp_path):
+    make_image(tmp_path / "a.png")
+    assert files(run("--input", tmp_path / "a.png", "--formats", "csv")) == ["predictions.csv"]
+
+
+def test_files_that_cannot_be_read_are_named_and_counted(run, error, tmp_path, capsys):
+    good = make_image(tmp_path / "in/good.png")
+    (tmp_path / "in/cut.png").write_bytes(good.read_bytes()[:200])
+    (tmp_path / "in/no.mp4").write_bytes(b"no video")
+    run("--input", tmp_path / "in")
+    out, err = capsys.readouterr()
+    assert ", 2 skipped" in out
+    skipped = [x for x in err.splitlines() if "skipped: " in x]
+    assert len(skipped) == 2 and "cut.png" in skipped[0] and "no.mp4" in skipped[1]
+    assert "none of the 1 files" in error("--input", tmp_path / "in/cut.png")
+
+
+def test_class_names(run, error, tmp_path):
+    make_image(tmp_path / "a.png")
+    out = run("--input", tmp_path / "a.png", "--formats", "yolo", "--class-names", *"vwxyz")
+    assert (out / "yolo/classes.txt").read_text() == "v\nw\nx\ny\nz\n"
+    assert "5 classes" in error("--input", tmp_path / "a.png", "--class-names", "v")
+
+
+def test_class_names_that_are_nowhere_are_numbered_and_said_to_be(run, tmp_path, capsys):
+    make_image(tmp_path / "a.png")
+    out = run("--input", tmp_path / "a.png", "--formats", "yolo", "--opts", "DATASETS.TEST", "()")
+    assert (out / "yolo/classes.txt").read_text().startswith("class 0\nclass 1\n")
+    assert "--class-names" in capsys.readouterr().out
+
+
+def test_a_data_set_gets_the_metrics_of_its_results_file(run, dataset, tmp_path, capsys):
+    out = run("--dataset", dataset, threshold=None)
+    metrics = json.loads((out / "metrics.json").read_text())["bbox"]
+    assert "APvs" in capsys.readouterr().out
+    truth = COCO(str(tmp_path / "set.json"))
+    results = truth.loadRes(str(out / "predictions.json"))
+    assert {r["image_id"] for r in results.anns.values()} == {10, 20}
+    assert {r["category_id"] for r in results.anns.values()} <= {2, 4, 6, 8, 9}
+    evaluation = COCOeval(truth, results, "bbox")
+    for annotation in truth.anns.values():
+        annotation["iscrowd"] = 0
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert metrics["AP"] == pytest.approx(100 * evaluation.stats[0])
+    assert "pictures" not in os.listdir(out)
+
+
+def test_a_data_set_with_a_broken_image_gets_no_metrics(error, dataset, tmp_path):
+    (tmp_path / "set/2.png").write_bytes(b"")
+    assert "1 of its images" in error("--dataset", dataset, threshold=None)
+    assert not (tmp_path / "out/metrics.json").exists()
+    assert (tmp_path / "out/predictions.json").exists()
+
+
+def test_slices(run, dataset, tmp_path):
+    pytest.importorskip("sahi")
+    make_image(tmp_path / "big.png", 150, 200)
+    options = ["--slice", 64, "--overlap", 0.25, "--no-whole-image"]
+    out = run("--input", tmp_path / "big.png", *options)
+    coco = COCO(str(out / "annotations.json"))
+    assert coco.imgs[1]["width"] == 200
+    boxes = np.array([a["bbox"] for a in coco.anns.values()])
+    # More than the model's limit for one image, 5, and from all over the image.
+    assert len(boxes) > 5 and (boxes[:, 0] > 130).any() and (boxes[:, 1] > 100).any()
+    assert (boxes[:, :2] + boxes[:, 2:] <= (200, 150)).all()
+    out = run("--dataset", dataset, *options, threshold=None, output=tmp_path / "second")
+    assert "AP" in json.loads((out / "metrics.json").read_text())["bbox"]
+
+
+def test_slicing_without_sahi(error, tool, tmp_path, monkeypatch):
+    import sys
+
+    make_image(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "cbbl_d2.inference.sliced", None)
+    assert "sahi" in error("--input", tmp_path / "a.png", "--slice", 64)
+    assert "--slice" in error("--input", tmp_path / "a.png", "--overlap", 0.3)
+
+
+def test_the_files_are_never_overwritten(error, tmp_path):
+    image = make_image(tmp_path / "out/pictures/a.png")
+    before = image.read_bytes()
+    assert "choose another --output" in error("--input", image)
+    assert image.read_bytes() == before
+
+
+def test_lines_for_what_is_not_there(error, weights, tmp_path):
+    image = make_image(tmp_path / "a.png")
+    assert "no such" in error("--input", tmp_path / "b.png")
+    assert "no such weights" in error("--input", image, weights=str(tmp_path / "x.pth"))
+    assert "did you mean small_shapes_" in error("--dataset", "small_shape_vall")
+    (tmp_path / "file").write_text("")
+    assert "cannot be made a folder" in error("--input", image, output=tmp_path / "file/out")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--score-threshold", "50"), ("--batch-size", "0"), ("--overlap", "1"), ("--slice", "x")],
+)
+def test_impossible_options(tool, capsys, option, value):
+    with pytest.raises(SystemExit):
+        tool.get_parser().parse_args(["--weights", "x", "--input", "y", option, value])
+    assert f"{value}: must be" in capsys.readouterr().err
