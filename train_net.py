@@ -74,7 +74,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     log_cfg.defrost()
     log_cfg.OUTPUT_DIR = log_dir
     start_log(log_cfg, args, log_dir)
-    logging.getLogger("cbbl_d2").info(describe_classes(cfg))
+    classes = describe_classes(cfg)
+    if classes:
+        logging.getLogger("cbbl_d2").info(classes)
     return cfg
 
 

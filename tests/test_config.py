@@ -209,7 +209,7 @@ def test_twins_differ_in_localisation_alone(cbbl, twin):
 
 def test_detectors_have_twins():
     with_twin = {cbbl for cbbl, _ in twins()}
-    for folder in ("SmallShapes", "COCO-Detection"):
+    for folder in ("SmallShapes", "COCO-Detection", "VisDrone", "TinyPerson", "AI-TOD", "BCCD"):
         detectors = {name for name in NAMES if name.startswith(f"{folder}/cbbl")}
         assert detectors and detectors <= with_twin
 
@@ -438,7 +438,7 @@ LOSS = {
 ONE_SIDED = {"ALPHA": 4.0, "BETA": 0.5, "NUM_INTERVALS": 8}
 GRID = {**ONE_SIDED, "INIT_STD": 0.7}
 CHANGES = {
-    "": {**LOSS, **GRID},
+    "": {**LOSS, **GRID, "VOTING_SIGMA": 0.2},
     "CASCADE": {
         "ALPHA": (5.0, 5.0, 4.0),
         "BETA": (1.0, 1.0, 0.5),

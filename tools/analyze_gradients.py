@@ -35,7 +35,7 @@ from cbbl_d2.analysis.gradient_maps import (
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_registered, load_dataset
+from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
 from cbbl_d2.engine import check_model_config, load_config, load_weights, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
@@ -157,6 +157,7 @@ def write_maps(args: argparse.Namespace) -> None:
         register_from_config(cfg)
         check_cbbl_config(cfg)
         check_model_config(cfg)
+        set_num_classes(cfg, eval_only=True)
     check_registered(args.dataset, "--dataset")
     records = [x for x in load_dataset(args.dataset) if x.get("annotations")]
     if not records:

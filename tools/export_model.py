@@ -29,6 +29,8 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn import functional as F
 
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import set_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
 from cbbl_d2.engine.cli import load_config, one_line_errors
 from cbbl_d2.errors import UserError
@@ -103,6 +105,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     folder = os.path.dirname(os.path.abspath(args.output))
     if os.path.isdir(args.output) or not os.path.isdir(folder):
         raise UserError(f"{args.output}: --output must be a file in a folder that exists")
+    register_from_config(cfg)
+    set_num_classes(cfg, eval_only=True)
     cfg.freeze()
     return cfg
 

@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_registered, load_dataset
+from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
 from cbbl_d2.engine.cli import load_config, one_line_errors
 from cbbl_d2.errors import UserError
@@ -133,6 +133,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
     register_from_config(cfg)
+    set_num_classes(cfg, eval_only=True)
     cfg.freeze()
     return cfg
 

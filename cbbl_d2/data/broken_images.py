@@ -17,14 +17,22 @@ from PIL import Image
 
 from cbbl_d2.errors import UserError
 
-__all__ = ["BROKEN_IMAGE_ERRORS", "NameBrokenImage", "SkipBrokenImages", "missing_images"]
+__all__ = [
+    "BROKEN_IMAGE_ERRORS",
+    "NameBrokenImage",
+    "SkipBrokenImages",
+    "check_depth",
+    "is_too_deep",
+    "missing_images",
+    "why_broken",
+]
 
 logger = logging.getLogger(__name__)
 
 # What Detectron2's DatasetMapper raises for a broken image. OSError: missing, a folder, truncated,
 # not an image (PIL.UnidentifiedImageError). SyntaxError: Pillow's for a PNG with a damaged chunk.
 # DecompressionBombError: a damaged header that claims gigapixels. Some rare formats end in other
-# errors, which bugs raise as well: for these the file is read once more, see _why_broken.
+# errors, which bugs raise as well: for these the file is read once more, see why_broken.
 BROKEN_IMAGE_ERRORS = (
     OSError,
     SyntaxError,
@@ -37,6 +45,12 @@ _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 _MAX_CONSECUTIVE_FAILURES = 100
 
+# Of a data set, to find out whether it has 16 bits: a camera or a scanner writes them all alike.
+_NUM_SAMPLES = 8
+
+_EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)
+
 
 def missing_images(dicts: list[dict]) -> list[str]:
     """
@@ -47,6 +61,39 @@ def missing_images(dicts: list[dict]) -> list[str]:
     """
     names = [d["file_name"] for d in dicts if "file_name" in d]
     return [name for name in names if not os.path.isfile(name or "")]
+
+
+def is_too_deep(image: Image.Image) -> bool:
+    """
+    Whether an image of one channel has values over 255, which become 255 when Detectron2 reads it:
+    an image of 16 bits turns white, without an error. (Pillow reads those of three channels as 8
+    bits, in proportion.)
+    """
+    return image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255
+
+
+def check_depth(dicts: list[dict]) -> None:
+    """
+    Look at a few images of a data set.
+
+    Args:
+        dicts: Detectron2's dataset dicts.
+
+    Raises:
+        UserError: :func:`is_too_deep`.
+    """
+    for record in dicts[:: max(1, len(dicts) // _NUM_SAMPLES)]:
+        file_name = record.get("file_name")
+        try:
+            with Image.open(file_name) as image:
+                too_deep = is_too_deep(image)
+        except Exception:  # missing or broken: said elsewhere, where it matters
+            continue
+        if too_deep:
+            raise UserError(
+                f"{file_name}: has values over 255, which Detectron2 would all read as 255, white: "
+                "convert the images to 8 bits"
+            )
 
 
 class SkipBrokenImages(torch.utils.data.Dataset):
@@ -96,7 +143,7 @@ class SkipBrokenImages(torch.utils.data.Dataset):
                     return item
                 reason = "the mapper leaves it out"
             except Exception as e:
-                reason = _why_broken(e, file_name)
+                reason = why_broken(e, file_name)
                 if not reason:
                     raise
                 self._report(current, file_name, reason)
@@ -136,7 +183,7 @@ class NameBrokenImage:
         try:
             return self._mapper(dataset_dict)
         except Exception as e:
-            reason = _why_broken(e, file_name)
+            reason = why_broken(e, file_name)
             if not reason:
                 raise
             raise UserError(
@@ -149,8 +196,14 @@ def _is_wide(record: dict) -> bool:
     return record.get("width", 0) > record.get("height", 0)
 
 
-def _why_broken(error: Exception, file_name: str | None) -> str:
-    """One line on what is wrong with an image; "" if the error has another cause."""
+def why_broken(error: Exception, file_name: str | None) -> str:
+    """
+    One line on what is wrong with an image; "" if the error has another cause.
+
+    Args:
+        error: what reading or mapping the image has raised.
+        file_name: of the image.
+    """
     if file_name is None or isinstance(error, UserError):
         return ""
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
@@ -165,4 +218,14 @@ def _why_broken(error: Exception, file_name: str | None) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, detection_utils.SizeMismatchError) and _is_turned(file_name):
+        reason += (
+            " The EXIF data of the file turn it by 90 degrees, as Detectron2 does, too: annotate "
+            "the turned image, or remove the EXIF data"
+        )
     return " ".join(reason.split())
+
+
+def _is_turned(file_name: str) -> bool:
+    with Image.open(file_name) as image:
+        return image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS

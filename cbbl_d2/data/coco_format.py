@@ -23,8 +23,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
 
-from cbbl_d2.data.broken_images import missing_images
+from cbbl_d2.data.broken_images import check_depth, missing_images
 from cbbl_d2.data.coco_validation import (
+    are_corners,
+    are_fractions,
     check_structure,
     count_over_the_edge,
     describe_faults,
@@ -38,6 +40,8 @@ __all__ = [
     "clean_ground_truth",
     "is_coco_format",
     "load_coco_format",
+    "read_annotation_json",
+    "read_coco_json",
     "register_coco_format",
     "register_from_config",
 ]
@@ -140,16 +144,21 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
 
     Raises:
         UserError: the file cannot be read or is malformed, it has no image or no box that can be
-            used, or none of its images exists.
+            used, or none of its images exists; or its images have 16 bits, see
+            :func:`cbbl_d2.data.broken_images.check_depth`.
     """
-    content = _read_json(json_file)
-    check_structure(content, json_file)
+    content = read_coco_json(json_file)
     faults = find_faults(content)
     if all(a["id"] in faults or a.get("iscrowd", 0) for a in content["annotations"]):
         raise UserError(
             f"{json_file}: no box that can be used"
             + (f", of {len(faults)}: {describe_faults(faults)}" if faults else "")
             + ": nothing to learn or to measure; is it the right file?"
+        )
+    if are_fractions(content, faults):
+        raise UserError(
+            f"{json_file}: all boxes lie between 0 and 1, as fractions of the image: COCO's are in "
+            "pixels, multiply x and width by the width of the image, y and height by its height"
         )
     _check_same_classes_as_before(name, content, json_file)
 
@@ -164,19 +173,49 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
             + ("no such folder" if not os.path.isdir(image_root) else "probably the wrong folder")
             + f", none of the {len(dicts)} images of {json_file} is there, for example {missing[0]}"
             + ": correct the image folder or the file_name entries"
+            + (", with / in the place of \\" if "\\" in missing[0] and os.sep == "/" else "")
+        )
+    check_depth(dicts)
+    if are_corners(content, faults):
+        logger.warning(
+            f"{json_file}: the boxes look like [x0, y0, x1, y1], but in COCO's format they are "
+            "[x, y, width, height]: if so, subtract x0 from x1 and y0 from y1"
         )
     _log_counts(name, content, faults, dicts, missing)
     return dicts
 
 
-def _read_json(json_file: str) -> Any:
+def read_coco_json(json_file: str) -> dict:
+    """
+    Returns:
+        the content of an annotation file, of a sound structure.
+
+    Raises:
+        UserError: it cannot be read or is malformed.
+    """
+    content = read_annotation_json(json_file)
+    check_structure(content, json_file)
+    return content
+
+
+def read_annotation_json(json_file: str) -> Any:
+    """
+    The content of a JSON file, whatever it is.
+
+    Raises:
+        UserError: it cannot be read or is no JSON.
+    """
     try:
         with open(json_file, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError as e:
         raise UserError(f"{json_file}: no such annotation file: correct the path") from e
     except json.JSONDecodeError as e:
-        raise UserError(f"{json_file}: {explain_json_error(e)}: correct or export it again") from e
+        # Detectron2 and pycocotools, which read it after us, cannot take a byte order mark either.
+        cure = (
+            "save it without a byte order mark" if "BOM" in e.msg else "correct or export it again"
+        )
+        raise UserError(f"{json_file}: {explain_json_error(e)}: {cure}") from e
     except UnicodeDecodeError as e:
         raise UserError(
             f"{json_file}: not a text file in UTF-8: give the COCO JSON file, not an archive"

@@ -6,6 +6,7 @@ JSON, which they leave as it is.
   twice. Detectron2 or pycocotools could not work with the file.
 * Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
   Such a box would be an object that no detector can find.
+* All of its boxes (:func:`are_fractions`, :func:`are_corners`): they are in another unit or format.
 
 A box that is partly outside its image can be used: Detectron2 clips it in training, and COCO's
 metric takes it as it is.
@@ -21,6 +22,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed, short
 
 __all__ = [
+    "are_corners",
+    "are_fractions",
     "check_structure",
     "count_over_the_edge",
     "describe_faults",
@@ -31,6 +34,12 @@ __all__ = [
 # Boxes that end this far outside their image are worth a word in the log, pixels. Below it are
 # rounding and the many converters that are off by one.
 _EDGE_TOLERANCE = 1.0
+
+# NumPy, Detectron2 and pycocotools keep ids as integers of 64 bits.
+_ID_LIMIT = 2**63
+
+# Fewer boxes may look like corners by chance; so may this share of boxes over the edge.
+_MIN_CORNERS, _MIN_SHARE_OVER_THE_EDGE = 5, 0.25
 
 
 # -- structure -------------------------------------------------------------------------------------
@@ -85,6 +94,11 @@ def _problems_of_ids(key: str, entries: list) -> Iterator[str]:
         id = entry["id"]
         if not _is_integer(id) and not (key == "images" and isinstance(id, str)):
             yield f'"{key}"[{i}] has the id {short(id)}: it must be an integer'
+        if _is_integer(id) and not -_ID_LIMIT <= id < _ID_LIMIT:
+            yield (
+                f'"{key}"[{i}] has the id {short(id)}, which does not fit into 64 bits: number '
+                f"the {key} anew"
+            )
     twice = _first_duplicate(entry["id"] for entry in entries)
     if twice is not None:
         yield (
@@ -202,6 +216,31 @@ def count_over_the_edge(content: dict, faults: dict[int, str]) -> int:
         for a, image in _with_images(content)
         if a["id"] not in faults
     )
+
+
+def are_fractions(content: dict, faults: dict[int, str]) -> bool:
+    """
+    Whether all usable boxes lie between 0 and 1, as the fractions of width and height that other
+    formats have: in pixels, none of them would be larger than one.
+    """
+    boxes = [a["bbox"] for a in content["annotations"] if a["id"] not in faults]
+    return bool(boxes) and all(0 <= value <= 1 for box in boxes for value in box)
+
+
+def are_corners(content: dict, faults: dict[int, str]) -> bool:
+    """
+    Whether the boxes look like ``[x0, y0, x1, y1]`` in the place of ``[x, y, width, height]``: all
+    of them would be boxes within their image, which as COCO's many are not.
+    """
+    pairs = [(a, image) for a, image in _with_images(content) if a["id"] not in faults]
+    if len(pairs) < _MIN_CORNERS:
+        return False
+    for a, image in pairs:
+        x0, y0, x1, y1 = a["bbox"]
+        if x1 <= x0 or y1 <= y0 or _is_over_the_edge([x0, y0, x1 - x0, y1 - y0], image):
+            return False
+    share = sum(_is_over_the_edge(a["bbox"], image) for a, image in pairs) / len(pairs)
+    return share >= _MIN_SHARE_OVER_THE_EDGE
 
 
 def _with_images(content: dict) -> list[tuple[dict, dict | None]]:

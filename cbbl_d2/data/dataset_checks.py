@@ -6,6 +6,7 @@ a model. What a data set holds is checked where it is loaded, for a user's own i
 
 import difflib
 import json
+import logging
 import os
 
 from detectron2.config import CfgNode
@@ -16,13 +17,24 @@ from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed
 
-__all__ = ["check_datasets", "check_num_classes", "check_registered", "load_dataset"]
+__all__ = [
+    "check_datasets",
+    "check_num_classes",
+    "check_registered",
+    "describe_classes",
+    "load_dataset",
+    "node_with_num_classes",
+    "set_num_classes",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     Check that the data sets of a config exist and fit the model, before time goes into building it.
-    Data sets of ``DATASETS.COCO_FORMAT`` and those to evaluate on are loaded for it.
+    Data sets of ``DATASETS.COCO_FORMAT`` and those to evaluate on are loaded for it. A number of
+    classes of 0 becomes that of the data, see :func:`set_num_classes`.
 
     Args:
         cfg: ``DATASETS.TRAIN``, ``DATASETS.TEST`` and the number of classes are read.
@@ -40,7 +52,60 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for name in _used_datasets(cfg, eval_only):
         dicts = _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
         _check_heads(cfg, name, dicts)
+    set_num_classes(cfg, eval_only)
     check_num_classes(cfg, eval_only)
+
+
+def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
+    """
+    Where the number of classes of the model is 0, "from the data", put that of the data sets in its
+    place; any other number is left alone. Nothing else in a config says it was not given: the
+    default is COCO's 80, as good a number as any.
+
+    Args:
+        cfg: changed in place: ``MODEL.ROI_HEADS.NUM_CLASSES``, or that of RetinaNet or FCOS.
+        eval_only: ask ``DATASETS.TEST`` alone, where it names any.
+
+    Raises:
+        ConfigError: it is 0, and no data set says its classes.
+        UserError: a data set cannot be read.
+    """
+    node = node_with_num_classes(cfg)
+    if node is None or cfg.MODEL[node].NUM_CLASSES != 0:
+        return
+    key = f"MODEL.{node}.NUM_CLASSES"
+    names = _used_datasets(cfg, eval_only and len(cfg.DATASETS.TEST) > 0)
+    for name in names:
+        if MetadataCatalog.get(name).get("thing_classes") is None:
+            load_dataset(name)  # Detectron2's loaders of COCO files set them
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes:
+            cfg.MODEL[node].NUM_CLASSES = len(classes)
+            logger.info(f"{key} 0: {len(classes)}, from data set {name} ({listed(classes)})")
+            return
+    raise ConfigError(
+        f"{key} = 0 stands for the number of classes of the data, but "
+        + (f"{listed(names)} does not name its classes" if names else "no data set is given")
+        + f": set {key} to a number"
+    )
+
+
+def describe_classes(cfg: CfgNode) -> str:
+    """
+    One line for the log: the number of classes, their names, and the first data set that names
+    them; "" where there is none, or for a model without classes.
+    """
+    node = node_with_num_classes(cfg)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if node is not None else ()
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes") or ()
+        # An evaluation does not read the training data: it may have other classes.
+        if classes and len(classes) == cfg.MODEL[node].NUM_CLASSES:
+            return (
+                f"MODEL.{node}.NUM_CLASSES {len(classes)}: the classes of data set {name} "
+                f"({listed(classes)})"
+            )
+    return ""
 
 
 def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -51,7 +116,7 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         ConfigError: the numbers differ, the names or their order differ, or a name is unknown.
     """
-    node = _node_with_num_classes(cfg)
+    node = node_with_num_classes(cfg)
     first = None
     for name in _used_datasets(cfg, eval_only):
         metadata = MetadataCatalog.get(name)
@@ -65,7 +130,7 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
             raise ConfigError(
                 f"{key} = {cfg.MODEL[node].NUM_CLASSES}, but data set {name} has "
                 f"{count(len(classes), 'class', 'classes')} ({listed(classes)}): "
-                f"set {key} {len(classes)}"
+                f"set {key} {len(classes)}, or 0 to take it from the data"
             )
         if first is None:
             first = (name, classes)
@@ -125,7 +190,7 @@ def _used_datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
     return names
 
 
-def _node_with_num_classes(cfg: CfgNode) -> str | None:
+def node_with_num_classes(cfg: CfgNode) -> str | None:
     """The node of ``cfg.MODEL`` with the number of classes; None for a model without classes."""
     # Subclasses keep the names of Detectron2's architectures at the end of their own.
     for architecture, node in (
@@ -141,6 +206,8 @@ def _node_with_num_classes(cfg: CfgNode) -> str | None:
 
 def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
     """Masks and keypoints that the model is to predict have to be in the data."""
+    if not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
+        return
     annotations = [a for record in dicts for a in record.get("annotations", ())]
     for key, field in (("MASK_ON", "segmentation"), ("KEYPOINT_ON", "keypoints")):
         if cfg.MODEL[key] and annotations and not any(field in a for a in annotations):

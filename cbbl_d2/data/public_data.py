@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from cbbl_d2.data.coco_format import _read_json, load_coco_format
+from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
@@ -250,7 +250,7 @@ def read_published_coco(json_file: str, ignore_flags: Iterable[str]) -> dict:
     Raises:
         UserError: the file cannot be read or is malformed; names file and entry.
     """
-    content = _read_json(json_file)
+    content = read_annotation_json(json_file)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if isinstance(annotations, list) and all(isinstance(a, dict) for a in annotations):
         for annotation in annotations:

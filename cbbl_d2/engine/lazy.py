@@ -244,7 +244,8 @@ def _in_lazy_words():
 
 def check_lazy_config(lazy: DictConfig, num_processes: int = 1, eval_only: bool = False) -> None:
     """
-    Finds what is wrong with a config and its data sets before time goes into building a model.
+    Finds what is wrong with a config and its data sets before time goes into building a model. A
+    number of classes of 0 becomes that of the data, in place.
 
     Args:
         num_processes: on all machines together.
@@ -271,6 +272,12 @@ def check_lazy_config(lazy: DictConfig, num_processes: int = 1, eval_only: bool 
     with _in_lazy_words():
         check_engine_config(cfg, num_processes, eval_only)
         check_datasets(cfg, eval_only=eval_only)
+    # A number of classes of 0 has become that of the data.
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    key = "model.roi_heads.num_classes" if is_rcnn else "model.num_classes"
+    if OmegaConf.select(lazy, key) == 0:
+        node = cfg.MODEL.ROI_HEADS if is_rcnn else cfg.MODEL.RETINANET
+        OmegaConf.update(lazy, key, node.NUM_CLASSES)
 
 
 # -- building --------------------------------------------------------------------------------------

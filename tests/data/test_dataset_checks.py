@@ -5,12 +5,16 @@ import pytest
 pytest.importorskip("detectron2")
 
 from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
 
 from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
-from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
+from cbbl_d2.data.dataset_checks import (  # noqa: E402
+    check_datasets,
+    describe_classes,
+    set_num_classes,
+)
 from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
 
 
@@ -34,8 +38,63 @@ def test_number_of_classes(register, content):
         check_datasets(make_cfg([name], num_classes=80))
     assert str(info.value) == (
         f"MODEL.ROI_HEADS.NUM_CLASSES = 80, but data set {name} has 2 classes (car, ship): "
-        "set MODEL.ROI_HEADS.NUM_CLASSES 2"
+        "set MODEL.ROI_HEADS.NUM_CLASSES 2, or 0 to take it from the data"
     )
+
+
+@pytest.mark.parametrize(
+    "architecture, node",
+    [("GeneralizedRCNN", "ROI_HEADS"), ("CBBLRetinaNet", "RETINANET"), ("CBBLFCOS", "FCOS")],
+)
+def test_zero_classes_become_those_of_the_data(register, content, architecture, node):
+    content["categories"].append({"id": 3, "name": "never seen"})
+    name = register(content)
+    cfg = make_cfg([name], [name], num_classes=80)
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL[node].NUM_CLASSES = 0
+    check_datasets(cfg)
+    assert cfg.MODEL[node].NUM_CLASSES == 3
+    others = {"ROI_HEADS", "RETINANET", "FCOS"} - {node}
+    assert all(cfg.MODEL[other].NUM_CLASSES == 80 for other in others)
+    assert describe_classes(cfg) == (
+        f"MODEL.{node}.NUM_CLASSES 3: the classes of data set {name} (car, never seen, ship)"
+    )
+
+
+def test_zero_classes_alone_and_without_the_training_data(register, content, new_name):
+    name, gone = register(content), new_name()
+    register_coco_format(gone, "gone.json", "gone")
+    cfg = make_cfg([gone], [name], num_classes=0)
+    set_num_classes(cfg, eval_only=True)  # nothing was loaded before
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    cfg = make_cfg([name], num_classes=0)
+    set_num_classes(cfg, eval_only=True)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    cfg = make_cfg([gone], num_classes=7)
+    set_num_classes(cfg)  # another number is not looked at
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 7
+
+
+def test_zero_classes_and_no_data_that_names_them(new_name):
+    name = new_name()
+    DatasetCatalog.register(name, lambda: [{"file_name": "a.png"}])
+    for train, words in (([name], f"{name} does not name its classes"), ([], "no data set")):
+        with pytest.raises(ConfigError, match=f"ROI_HEADS.NUM_CLASSES = 0 .*{words}.*to a number"):
+            set_num_classes(make_cfg(train, num_classes=0))
+
+
+def test_classes_of_different_data_sets_are_still_compared(register, content):
+    name = register(content)
+    cfg = make_cfg([name], ["small_shapes_mini_val"], num_classes=0)
+    with pytest.raises(ConfigError, match="NUM_CLASSES = 2, but data set small_shapes_mini_val"):
+        check_datasets(cfg)
+
+
+def test_no_line_on_the_classes_of_a_model_without(register, content):
+    cfg = make_cfg([register(content)])
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    check_datasets(cfg)
+    assert describe_classes(cfg) == ""
 
 
 @pytest.mark.parametrize(

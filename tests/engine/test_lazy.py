@@ -13,6 +13,7 @@ pytest.importorskip("detectron2")
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from omegaconf import OmegaConf
 
 from cbbl_d2.engine import CBBLTrainer, load_config
 from cbbl_d2.engine.lazy import LazyTrainer, check_lazy_config, evaluate, load_lazy_config
@@ -290,6 +291,26 @@ def test_a_config_that_cannot_be_trained(changes, expected):
 def test_number_of_classes_of_a_dense_detector():
     with pytest.raises(ConfigError, match="set model.num_classes=5"):
         check_lazy_config(load("cbbl_fcos", model__num_classes=80))
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("cbbl", "model.roi_heads.num_classes"),
+        ("cbbl_retinanet", "model.num_classes"),
+        ("cbbl_fcos", "model.num_classes"),
+    ],
+)
+def test_zero_classes_become_those_of_the_data(name, key):
+    data = {
+        "dataloader__train__dataset__names": "small_shapes_mini_train",
+        "dataloader__test__dataset__names": "small_shapes_mini_val",
+    }
+    lazy = load(name, **{key.replace(".", "__"): 0}, **data)
+    check_lazy_config(lazy)
+    assert OmegaConf.select(lazy, key) == 5
+    head = lazy.model.roi_heads.box_predictor if name == "cbbl" else lazy.model.head
+    assert head.num_classes == 5  # it refers to the other
 
 
 def test_evaluation_needs_an_evaluator():

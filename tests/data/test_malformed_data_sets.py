@@ -1,0 +1,467 @@
+"""
+Data sets as users bring them, through loading, training and evaluation: each either comes out right
+(a perfect detector has AP 100, every image has its pixels) or ends in one line that names the file
+and the cure.
+"""
+
+import json
+import logging
+import math
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import (  # noqa: E402
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+)
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
+
+from cbbl_d2 import add_cbbl_config  # noqa: E402
+from cbbl_d2.data import register_coco_format  # noqa: E402
+from cbbl_d2.data.broken_images import NameBrokenImage, SkipBrokenImages  # noqa: E402
+from cbbl_d2.data.coco_format import read_coco_json  # noqa: E402
+from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
+from cbbl_d2.data.dataset_report import check_images, report_on  # noqa: E402
+from cbbl_d2.errors import UserError  # noqa: E402
+from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
+
+WIDTH, HEIGHT = 64, 48
+GRAY = 90  # of every image, red and green and blue alike
+
+
+class DataSet:
+    """A sound data set on the disk, for a case to spoil."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.images = folder / "images"
+        self.json_file = folder / "annotations.json"
+        self.text = None  # in the place of the content, str or bytes
+        self.content = {
+            "images": [
+                {"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT}
+                for i in (1, 2, 3)
+            ],
+            "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "ship"}],
+            "annotations": [
+                {"id": 10 * i + k, "image_id": i, "category_id": k, "bbox": box}
+                for i in (1, 2, 3)
+                for k, box in ((1, [4, 5, 10, 12]), (2, [30.5, 20, 8, 6.25]))
+            ],
+        }
+        self.images.mkdir()
+        for i in (1, 2, 3):
+            self.save(f"{i}.png", Image.new("RGB", (WIDTH, HEIGHT), (GRAY,) * 3))
+
+    def save(self, name, image, **options):
+        (self.images / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(self.images / name, **options)
+
+    def replace_image(self, name, image, **options):
+        """Image 2 becomes another one."""
+        self.save(name, image, **options)
+        self.content["images"][1]["file_name"] = name
+
+    def write(self):
+        content = json.dumps(self.content) if self.text is None else self.text
+        content = content.encode() if isinstance(content, str) else content
+        self.json_file.parent.mkdir(parents=True, exist_ok=True)
+        self.json_file.write_bytes(content)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataSet(tmp_path)
+
+
+@pytest.fixture
+def cfg_of(new_name):
+    """``cfg_of(data)``: a config that trains and evaluates on it."""
+
+    def cfg_of(data):
+        data.write()
+        name = new_name()
+        register_coco_format(name, str(data.json_file), str(data.images))
+        cfg = get_cfg()
+        add_cbbl_config(cfg)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        return cfg
+
+    return cfg_of
+
+
+def perfect_ap(cfg):
+    """AP of a detector that finds exactly the boxes of the data set."""
+    (name,) = cfg.DATASETS.TEST
+    evaluator = build_coco_evaluator(cfg, name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        objects = [x for x in record["annotations"] if not x.get("iscrowd")]
+        instances = Instances((record["height"], record["width"]))
+        boxes = [
+            BoxMode.convert(x["bbox"], BoxMode(x["bbox_mode"]), BoxMode.XYXY_ABS) for x in objects
+        ]
+        instances.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        instances.pred_classes = torch.tensor([x["category_id"] for x in objects]).long()
+        instances.scores = torch.full((len(objects),), 0.9)
+        evaluator.process([{"image_id": record["image_id"]}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+def mapper_of(training):
+    return DatasetMapper(training, augmentations=[], image_format="BGR")
+
+
+# -- data sets that work ---------------------------------------------------------------------------
+
+
+def names_with_spaces_and_unicode(data):
+    data.images = data.images.rename(data.folder / "Bilder & Fotos été")
+    data.json_file = data.folder / "mes données" / "étiquettes 图像.json"
+    data.replace_image("ordner 1/图 (2) #é%20.png", Image.new("RGB", (WIDTH, HEIGHT), (GRAY,) * 3))
+    data.content["categories"][0]["name"] = "véhicule léger 🚗"
+
+
+def unicode_escaped_and_not(data):
+    data.content["categories"][0]["name"] = "été"
+    data.text = json.dumps(data.content, ensure_ascii=False)
+
+
+def image_of(mode, name, colour, **options):
+    def change(data):
+        data.replace_image(name, Image.new(mode, (WIDTH, HEIGHT), colour), **options)
+
+    return change
+
+
+def palette(data):
+    image = Image.new("P", (WIDTH, HEIGHT), 1)
+    image.putpalette([0, 0, 0, GRAY, GRAY, GRAY])
+    data.replace_image("2.gif", image)
+
+
+def sixteen_bits_per_channel(data):
+    pixels = np.full((HEIGHT, WIDTH, 3), GRAY * 257, np.uint16)
+    (data.images / "2_deep.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    data.content["images"][1]["file_name"] = "2_deep.png"
+
+
+def sixteen_bits_with_small_values(data):
+    data.replace_image("2.tif", Image.fromarray(np.full((HEIGHT, WIDTH), GRAY, np.uint16)))
+
+
+def exif_turned_and_annotated_as_seen(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data.replace_image(
+        "2.jpg", Image.new("RGB", (HEIGHT, WIDTH), (GRAY,) * 3), exif=exif, quality=100
+    )
+
+
+def absolute_file_names(data):
+    for image in data.content["images"]:
+        image["file_name"] = str(data.images / image["file_name"])
+    data.images = data.folder / "not used"
+
+
+def category_ids_with_gaps(data):
+    for category, id in zip(data.content["categories"], (90_000_000_000, -5)):
+        for annotation in data.content["annotations"]:
+            if annotation["category_id"] == category["id"]:
+                annotation["category_id"] = id
+        category["id"] = id
+
+
+def large_ids(data):
+    for image in data.content["images"]:
+        image["id"] += 2**60
+    for annotation in data.content["annotations"]:
+        annotation["image_id"] += 2**60
+        annotation["id"] += 2**62
+
+
+def string_image_ids(data):
+    for image in data.content["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in data.content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+
+
+def image_without_objects(data):
+    del data.content["annotations"][2:4]
+
+
+def bad_boxes(data):
+    sound = data.content["annotations"][0]
+    boxes = ([5, 5, -9, 9], [5, 5, 9, -9], [5, 5, 0, 0], [math.nan, 5, 9, 9], [99, 5, 9, 9])
+    data.content["annotations"] += [{**sound, "id": 50 + i, "bbox": x} for i, x in enumerate(boxes)]
+
+
+def box_over_the_edge(data):
+    data.content["annotations"][0]["bbox"] = [-4, -4, 20, 20]
+
+
+def same_file_twice(data):
+    data.content["images"][1]["file_name"] = "1.png"
+
+
+def fields_of_other_tools(data):
+    data.content["info"] = None
+    data.content["licenses"] = []
+    for annotation in data.content["annotations"]:
+        annotation.update(attributes={"occluded": False}, segmentation=[], area=None)
+
+
+WORKING = [
+    names_with_spaces_and_unicode,
+    unicode_escaped_and_not,
+    pytest.param(image_of("L", "2g.png", GRAY), id="grayscale"),
+    pytest.param(image_of("LA", "2a.png", (GRAY, 40)), id="grayscale_with_alpha"),
+    pytest.param(image_of("RGBA", "2a.png", (GRAY, GRAY, GRAY, 0)), id="alpha"),
+    pytest.param(image_of("CMYK", "2.tif", (0, 0, 0, 255 - GRAY)), id="cmyk"),
+    pytest.param(image_of("RGB", "2.JPG", (GRAY,) * 3, format="PNG"), id="wrong_extension"),
+    palette,
+    sixteen_bits_per_channel,
+    sixteen_bits_with_small_values,
+    exif_turned_and_annotated_as_seen,
+    absolute_file_names,
+    category_ids_with_gaps,
+    large_ids,
+    string_image_ids,
+    image_without_objects,
+    bad_boxes,
+    box_over_the_edge,
+    same_file_twice,
+    fields_of_other_tools,
+]
+
+
+@pytest.mark.parametrize("change", WORKING)
+def test_comes_out_right(data, cfg_of, change):
+    change(data)
+    before = json.dumps(data.content)
+    cfg = cfg_of(data)
+    check_datasets(cfg)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    (name,) = cfg.DATASETS.TRAIN
+    assert len(MetadataCatalog.get(name).thing_classes) == 2
+    assert perfect_ap(cfg) == pytest.approx(100)
+
+    dicts = DatasetCatalog.get(name)
+    in_training = SkipBrokenImages(DatasetFromList(dicts), mapper_of(True))
+    in_evaluation = NameBrokenImage(mapper_of(False))
+    for i, record in enumerate(dicts):
+        item = in_training[i]
+        assert item["image_id"] == record["image_id"]  # it was not skipped
+        assert len(item["instances"]) == len(record["annotations"])
+        boxes = item["instances"].gt_boxes.tensor
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert boxes.numel() == 0 or boxes[:, 2].max() <= WIDTH
+        for image in (item["image"], in_evaluation(record)["image"]):
+            assert image.shape == (3, HEIGHT, WIDTH)
+            assert (image.float() - GRAY).abs().max() <= 1
+    assert json.dumps(data.content) == before
+    assert sum(len(d["annotations"]) for d in dicts) == (
+        4 if change is image_without_objects else 6
+    )
+
+
+# -- files that cannot be loaded -------------------------------------------------------------------
+
+
+def text(value):
+    def change(data):
+        data.text = value(data) if callable(value) else value
+
+    return change
+
+
+def every(key, **values):
+    """Each entry of a list gets these values; a callable is given the entry."""
+
+    def change(data):
+        for entry in data.content[key]:
+            entry.update({k: v(entry) if callable(v) else v for k, v in values.items()})
+
+    return change
+
+
+def sixteen_bits(data):
+    deep = (np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) * 20).astype(np.uint16)
+    for i in (1, 2, 3):
+        data.save(f"{i}.png", Image.fromarray(deep))
+
+
+def float_image(data):
+    data.replace_image("2.tif", Image.fromarray(np.full((HEIGHT, WIDTH), 1e4, np.float32)))
+
+
+def windows_paths(data):
+    for image in data.content["images"]:
+        data.save(f"sub/{image['file_name']}", Image.new("RGB", (WIDTH, HEIGHT)))
+        image["file_name"] = f"sub\\{image['file_name']}"
+
+
+def fractions(data):
+    for annotation in data.content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
+
+
+def duplicate_image_ids(data):
+    data.content["images"][2]["id"] = 2
+
+
+def no_usable_box(data):
+    every("annotations", bbox=lambda x: [5, 5, -9, 9])(data)
+
+
+REFUSED = [
+    (text(""), "{json}: not valid JSON at line 1, column 1", "export it again"),
+    (text("0 0.5 0.5 0.1 0.1\n"), "{json}: not valid JSON", "export it again"),
+    (text(lambda data: json.dumps(data.content)[:-40]), "{json}: not valid JSON", "export"),
+    (text(lambda data: json.dumps(data.content).replace("}", ",}", 1)), "{json}: not valid", "exp"),
+    (text(lambda data: json.dumps(data.content["annotations"])), "{json}: not a COCO file", "list"),
+    (text(lambda data: json.dumps(data.content).encode("utf-16")), "{json}: not a text", "UTF-8"),
+    (text(lambda data: json.dumps(data.content).encode("utf-8-sig")), "{json}: .*BOM", "without"),
+    (text(b"PK\x03\x04\x9f"), "{json}: not a text file in UTF-8", "give the COCO JSON file"),
+    (duplicate_image_ids, "{json}: the id 2 comes twice in", "make the ids unique"),
+    (every("annotations", id=lambda x: float(x["id"])), "{json}: .* has the id 11.0", "integer"),
+    (every("annotations", id=lambda x: str(x["id"])), "{json}: .* has the id '11'", "integer"),
+    (every("annotations", id=lambda x: x["id"] + 10**20), "{json}: .*64 bits", "number the annot"),
+    (every("images", id=lambda x: x["id"] * 2**64), "{json}: .*64 bits", "number the images anew"),
+    (every("annotations", image_id=lambda x: x["image_id"] + 0.5), "{json}: annot.*1.5", "the id"),
+    (every("images", width=math.nan), "{json}: image 1 .1.png. has the width nan", "pixels"),
+    (every("images", height=-48), "{json}: image 1 .1.png. has the height -48", "number of pixels"),
+    (every("annotations", bbox={"x": 1, "y": 2}), "{json}: annotation 11 has the bbox", "width"),
+    (every("annotations", category_id="car"), "{json}: annotation 11 has the category_id", "add"),
+    (every("annotations", image_id=77), "{json}: no box that can be used", "right file"),
+    (no_usable_box, "{json}: no box that can be used, of 6: 6 of no size", "right file"),
+    (fractions, "{json}: all boxes lie between 0 and 1", "multiply"),
+    (windows_paths, "{images}: probably the wrong folder", "with / in the place of"),
+    (sixteen_bits, "{images}/1.png: has values over 255", "convert the images to 8 bits"),
+    (float_image, "{images}/2.tif: has values over 255", "convert the images to 8 bits"),
+]
+
+
+@pytest.mark.parametrize("change, words, cure", REFUSED)
+def test_is_refused_in_one_line_with_file_and_cure(data, cfg_of, error_of, change, words, cure):
+    change(data)
+    message = error_of(check_datasets, cfg_of(data))
+    words = words.format(json=re.escape(str(data.json_file)), images=re.escape(str(data.images)))
+    assert re.match(words, message), message
+    assert cure in message
+
+
+@pytest.mark.parametrize("change", [case[0] for case in REFUSED])
+def test_report_says_it_too(data, change):
+    """In one line, as an error or as a warning."""
+    change(data)
+    data.write()
+    json_file, images = str(data.json_file), str(data.images)
+    try:
+        content = read_coco_json(json_file)
+        lines = report_on(content, json_file, images).warnings + check_images(content, images)
+        assert any(images in line for line in lines), lines
+    except UserError as e:
+        lines = [str(e)]
+        assert str(e).startswith(json_file)
+    assert not any("\n" in line for line in lines)
+
+
+# -- images that cannot be used --------------------------------------------------------------------
+
+
+def exif_turned_and_annotated_as_stored(data):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    data.replace_image("2.jpg", Image.new("RGB", (WIDTH, HEIGHT)), exif=exif)
+
+
+def spoil(content):
+    return lambda data: (data.images / "2.png").write_bytes(content(data))
+
+
+BROKEN = [
+    (spoil(lambda data: b""), "not an image", "restore the file"),
+    (spoil(lambda data: b"\0" * 4096), "not an image", "restore the file"),
+    (spoil(lambda data: (data.images / "2.png").read_bytes()[:60]), ".", "restore the file"),
+    (image_of("RGB", "2s.png", GRAY), None, None),  # sound: what is tested below can fail
+    (
+        lambda data: data.save("2.png", Image.new("RGB", (WIDTH, HEIGHT + 1))),
+        r"got \(64, 49\), expect \(64, 48\)",
+        "check the width/height in your annotation",
+    ),
+    (exif_turned_and_annotated_as_stored, "EXIF", "annotate the turned image, or remove the EXIF"),
+]
+
+
+@pytest.mark.parametrize("change, words, cure", BROKEN)
+def test_broken_image_is_skipped_in_training_and_named_in_evaluation(
+    data, cfg_of, caplog, monkeypatch, change, words, cure
+):
+    monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
+    change(data)
+    cfg = cfg_of(data)
+    check_datasets(cfg)
+    dicts = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    file_name = dicts[1]["file_name"]
+    in_training = SkipBrokenImages(DatasetFromList(dicts), mapper_of(True))
+    in_evaluation = NameBrokenImage(mapper_of(False))
+    if words is None:
+        assert [in_training[i]["image_id"] for i in range(3)] == [1, 2, 3]
+        assert in_evaluation(dicts[1])["image_id"] == 2
+        return
+    assert [in_training[i]["image_id"] for i in range(3)] == [1, 3, 3]
+    # A set: where a tool has set up the logger, pytest records each line twice.
+    logged = {r.getMessage() for r in caplog.records if "Skipping the image" in r.getMessage()}
+    with pytest.raises(UserError) as error:
+        in_evaluation(dicts[1])
+    assert len(logged) == 1
+    for message in (*logged, str(error.value)):
+        assert file_name in message and "\n" not in message
+        assert re.search(words, message)
+    assert cure in str(error.value)
+
+
+# -- boxes in another format -----------------------------------------------------------------------
+
+
+def corners(data):
+    for annotation in data.content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x + 20, y + 20, x + 20 + w, y + 20 + h]
+
+
+def in_the_upper_left(data):
+    """Larger than their distance from the corner, as corners always are, and all in the image."""
+    every("annotations", bbox=lambda x: [1, 1, 10, 10])(data)
+
+
+def one_over_the_edge(data):
+    data.content["annotations"][0]["bbox"] = [60, 40, 10, 12]
+
+
+@pytest.mark.parametrize(
+    "change, warns", [(corners, True), (in_the_upper_left, False), (one_over_the_edge, False)]
+)
+def test_corners_in_the_place_of_width_and_height(data, cfg_of, caplog, monkeypatch, change, warns):
+    monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
+    change(data)
+    check_datasets(cfg_of(data))
+    messages = {r.getMessage() for r in caplog.records if "[x0, y0, x1, y1]" in r.getMessage()}
+    assert len(messages) == warns
+    if warns:
+        (message,) = messages
+        assert message.startswith(f"{data.json_file}: ") and "subtract" in message
