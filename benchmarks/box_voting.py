@@ -15,6 +15,8 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes
 
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.modeling import CBBLBox2BoxTransform
@@ -68,8 +70,9 @@ def main() -> None:
     args = parser.parse_args()
 
     cfg = load_config(args.config_file, ["OUTPUT_DIR", "output/box_voting", *args.opts])
-    if cfg.MODEL.CBBL.VOTING_SIGMA != 0:
-        cfg.MODEL.CBBL.VOTING_SIGMA = 0.0  # the votes are counted here
+    cfg.MODEL.CBBL.VOTING_SIGMA = 0.0  # the votes are counted here
+    register_from_config(cfg)
+    check_datasets(cfg, eval_only=True)
     model = CBBLTrainer.build_model(cfg)
     CBBLCheckpointer(model, require_all=True).resume_or_load(args.weights, resume=False)
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)

@@ -144,6 +144,28 @@ def add_cbbl_config(cfg: CN) -> None:
     # DATASETS.TEST. Relative paths start at the working directory.
     _C.DATASETS.COCO_FORMAT = []
 
+    # ---------------------------------------------------------------------------- #
+    # Augmentation for small objects in training, see cbbl_d2/data/small_object_augmentation.py
+    # ---------------------------------------------------------------------------- #
+    _C.INPUT.SMALL_OBJECTS = CN()
+
+    # What is small: the square root of the box's area, in pixels of the image file, > 0.
+    _C.INPUT.SMALL_OBJECTS.MAX_SIZE = 32.0
+
+    # How many copies of small objects are pasted into each image at most, at places without a box,
+    # >= 0. 0: none. For boxes alone, without masks and keypoints.
+    _C.INPUT.SMALL_OBJECTS.COPY_PASTE = 0
+
+    # With INPUT.CROP.ENABLED: whether the window is laid such that it holds a small object, chosen
+    # at random, as a whole. In images without one it lies anywhere, as Detectron2 does.
+    _C.INPUT.SMALL_OBJECTS.KEEP_IN_CROP = False
+
+    # Scale jitter (minimum, maximum), instead of INPUT.MIN_SIZE_TRAIN: the image is resized to fit
+    # into JITTER_SIZE times a random factor between them, then cropped or padded to JITTER_SIZE,
+    # (height, width) in pixels. (): none.
+    _C.INPUT.SMALL_OBJECTS.SCALE_JITTER = ()
+    _C.INPUT.SMALL_OBJECTS.JITTER_SIZE = ()
+
 
 def check_cbbl_config(cfg: CN) -> None:
     """
@@ -162,6 +184,7 @@ def check_cbbl_config(cfg: CN) -> None:
         raise ConfigError(
             f"SOLVER.GRADIENT_STATS_PERIOD = {period!r}: must be an integer >= 0 (0: off)"
         )
+    _check_small_objects(cfg)
     c = cfg.MODEL.CBBL
     _require("LABEL", c.LABEL, c.LABEL in LABELS, f"one of {', '.join(LABELS)}")
     _require(
@@ -206,6 +229,48 @@ def check_cbbl_config(cfg: CN) -> None:
 def _require(key: str, value, ok: bool, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"MODEL.CBBL.{key} = {value!r}: must be {allowed}")
+
+
+def _check_small_objects(cfg: CN) -> None:
+    node = cfg.INPUT.SMALL_OBJECTS
+    jitter, size = node.SCALE_JITTER, node.JITTER_SIZE
+
+    def is_pair(value, ok) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(ok, value))
+
+    def is_count(value) -> bool:
+        return type(value) is int and value >= 0
+
+    for key, ok, allowed in (
+        ("MAX_SIZE", _is_number(node.MAX_SIZE) and node.MAX_SIZE > 0, "a number > 0"),
+        ("COPY_PASTE", is_count(node.COPY_PASTE), "an integer >= 0 (0: off)"),
+        ("KEEP_IN_CROP", isinstance(node.KEEP_IN_CROP, bool), "True or False"),
+        (
+            "SCALE_JITTER",
+            is_pair(jitter, lambda v: _is_number(v) and v > 0) and jitter[0] <= jitter[1]
+            if len(jitter)
+            else True,
+            "() or (minimum, maximum), two numbers > 0, such as (0.5, 2.0)",
+        ),
+        (
+            "JITTER_SIZE",
+            is_pair(size, lambda v: is_count(v) and v > 0) if len(size) or len(jitter) else True,
+            "(height, width) in pixels, with SCALE_JITTER",
+        ),
+    ):
+        if not ok:
+            raise ConfigError(f"INPUT.SMALL_OBJECTS.{key} = {node[key]!r}: must be {allowed}")
+    if node.KEEP_IN_CROP and not cfg.INPUT.CROP.ENABLED:
+        raise ConfigError(
+            "INPUT.SMALL_OBJECTS.KEEP_IN_CROP = True: needs INPUT.CROP.ENABLED True, and "
+            "INPUT.CROP.TYPE and SIZE for the window"
+        )
+    for key in ("MASK_ON", "KEYPOINT_ON"):
+        if node.COPY_PASTE and cfg.MODEL[key]:
+            raise ConfigError(
+                f"INPUT.SMALL_OBJECTS.COPY_PASTE = {node.COPY_PASTE}: copies have boxes only: set "
+                f"it to 0, or MODEL.{key} False"
+            )
 
 
 def _is_number(value) -> bool:

@@ -29,6 +29,27 @@ from cbbl_d2.messages import listed
 METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APvs")
 
 
+def read_metrics(folder: str) -> List[Dict]:
+    """
+    The lines of ``metrics.json`` in the folder of a training, in the order in which they were
+    written; none where there is no such file. A line that is being written, or was cut off by a
+    kill, is left out.
+    """
+    lines = []
+    try:
+        with open(os.path.join(folder, "metrics.json")) as f:
+            for text in f:
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(line, dict) and isinstance(line.get("iteration"), int):
+                    lines.append(line)
+    except FileNotFoundError:
+        pass
+    return lines
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training: a config with one seed."""
@@ -67,19 +88,7 @@ class Run:
         return {**results, "time": times[len(times) // 2]} if times else results
 
     def _lines(self) -> List[Dict]:
-        lines = []
-        try:
-            with open(os.path.join(self.folder, "metrics.json")) as f:
-                for text in f:
-                    try:
-                        line = json.loads(text)
-                    except json.JSONDecodeError:  # being written, or cut off by a kill
-                        continue
-                    if isinstance(line, dict) and isinstance(line.get("iteration"), int):
-                        lines.append(line)
-        except FileNotFoundError:
-            pass
-        return lines
+        return read_metrics(self.folder)
 
 
 @dataclasses.dataclass(frozen=True)

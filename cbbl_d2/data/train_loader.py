@@ -1,17 +1,19 @@
 """Detectron2's training data loader, made to continue where an interrupted run stopped."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from .broken_images import SkipBrokenImages
+from .small_object_augmentation import build_train_mapper
 
 
 class ResumableSampler(Sampler):
@@ -66,7 +68,8 @@ class ResumableTrainLoader:
     * knows its place in the data stream: :meth:`state_dict` and :meth:`load_state_dict`. Exact
       without data-loading workers; with workers, which read ahead and share out the images in
       their own order, a few images around the place can come twice or not at all;
-    * goes on when an image is broken, see :class:`SkipBrokenImages`.
+    * goes on when an image is broken, see :class:`SkipBrokenImages`;
+    * remembers the file names of the last two batches, in ``last_file_names``, the newest last.
 
     It builds the underlying loader when it is first asked for a batch: workers start with the
     place in mind that a checkpoint has set.
@@ -80,11 +83,12 @@ class ResumableTrainLoader:
                 ``build_detection_train_loader``, whose ``total_batch_size`` is needed. Sampler
                 None: each epoch in a new random order.
 
-        Also callable as ``ResumableTrainLoader(cfg, mapper=None)``, by default with Detectron2's
-        ``DatasetMapper``.
+        Also callable as ``ResumableTrainLoader(cfg, mapper=None)``, by default with that of
+        :func:`build_train_mapper`.
         """
         self._is_wide = None
         self._num_batches = 0
+        self.last_file_names = collections.deque(maxlen=2)
         if isinstance(dataset, list):
             if aspect_ratio_grouping:
                 self._is_wide = [d["width"] > d["height"] for d in dataset]
@@ -107,7 +111,7 @@ class ResumableTrainLoader:
     @classmethod
     def from_config(cls, cfg, mapper=None):
         if mapper is None:
-            mapper = DatasetMapper(cfg, is_train=True)
+            mapper = build_train_mapper(cfg)
         return _train_loader_from_config(cfg, mapper=mapper)
 
     def __iter__(self):
@@ -127,6 +131,7 @@ class ResumableTrainLoader:
             batch = next(batches)
         while True:
             self._num_batches += 1
+            self.last_file_names.append([str(item.get("file_name", "?")) for item in batch])
             yield batch
             batch = next(batches)
 

@@ -69,6 +69,7 @@ _SHARED = {
 }
 # What only errors name.
 _NAMED = {
+    "optimizer.lr": "SOLVER.BASE_LR",
     "dataloader.evaluator.masks": "MODEL.MASK_ON",
     "dataloader.evaluator.num_keypoints": "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
     "dataloader.evaluator.keypoint_oks_sigmas": "TEST.KEYPOINT_OKS_SIGMAS",
@@ -366,6 +367,10 @@ class LazyTrainer(CBBLTrainer):
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = train.get("log_period", hook._period)
         return ret
+
+    def run_step(self):
+        with _in_lazy_words():  # here and not around it all, as the log has them, too
+            super().run_step()
 
     def test(self, cfg, model):
         return do_test(self.lazy, model)

@@ -20,6 +20,7 @@ from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
 
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
+from .divergence import explain_divergence, is_finite
 from .hooks import BestCheckpointer, ResumeState
 from .optimizer import build_optimizer
 from .rng import preserve_rng
@@ -36,6 +37,7 @@ class CBBLTrainer(DefaultTrainer):
     * with ``cfg.TEST.AUG.ENABLED``, one more evaluation after training, with test-time
       augmentation;
     * several processes on the CPU, where ``launch`` can start them;
+    * a training that has diverged ends in one line that names the losses and the images;
     * checkpoints that are never half written, and that hold all that a resumed run needs, on
       Detectron2 v0.6, which leaves out the optimizer, as on main.
     """
@@ -105,6 +107,25 @@ class CBBLTrainer(DefaultTrainer):
         self.iter = self.max_iter
         with EventStorage(self.max_iter) as self.storage:
             self.after_train()
+
+    def run_step(self):
+        try:
+            super().run_step()
+        except (AssertionError, FloatingPointError) as e:
+            # fvcore's GIoU loss ends boxes of NaN in an assertion about their corners.
+            if isinstance(e, AssertionError) and is_finite(self.model):
+                raise
+            raise UserError(
+                explain_divergence(
+                    e,
+                    self.cfg,
+                    self.iter,
+                    self.model,
+                    self._trainer.optimizer.param_groups[0]["lr"],
+                    self._trainer.data_loader.last_file_names,
+                    comm.get_world_size(),
+                )
+            ) from e
 
     def state_dict(self) -> Dict[str, Any]:
         ret = super().state_dict()

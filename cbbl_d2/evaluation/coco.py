@@ -20,6 +20,8 @@ from cbbl_d2.data.public_data import EvaluationRules, SizeMetric
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import short
 
+from .report import average_precision, count_objects, write_per_class, write_pr_curves
+
 # APvs counts the objects of at most this area, in square pixels of the original image. COCO's APs
 # reaches up to 32^2, and objects between 16 and 32 pixels can hide what happens below. AI-TOD draws
 # its line for "tiny" at 16 pixels as well, where a shift by one pixel already costs 0.12 of IoU.
@@ -47,6 +49,9 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
 
     Masks and keypoints are evaluated where the predictions hold them, as Detectron2 does, and
     where there is no prediction at all with the metrics NaN, as for boxes.
+
+    With an ``output_dir`` each evaluation leaves ``{data set}_per_class.csv`` and
+    ``{data set}_pr_curves.png`` there, in place of those of the evaluation before.
     """
 
     def __init__(
@@ -77,12 +82,11 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if iou_type != "bbox":
             return results
-        results["APvs"] = _average_precision(coco_eval, _VERY_SMALL)
+        precisions = {"APvs": _precision(coco_eval, _VERY_SMALL)}
         metrics = self._rules.size_metrics
         for metric in metrics:
-            results[metric.name] = _average_precision(
-                coco_eval, metric, self._rules.ignores_by_coverage
-            )
+            precisions[metric.name] = _precision(coco_eval, metric, self._rules.ignores_by_coverage)
+        results.update({name: average_precision(p) for name, p in precisions.items()})
         names = _COLUMNS if not metrics else (*_COLUMNS[:4], *(m.name for m in metrics))
         columns = {name: results[name] for name in names if name in results}
         caption = f"AP by size; APvs: objects of at most {VERY_SMALL_AREA} square pixels"
@@ -90,7 +94,61 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
             caption += "".join(f"; {metric.name}: {_describe(metric)}" for metric in metrics)
             caption += " (the benchmark's, not COCO's of the table above)"
         self._logger.info(f"{caption}\n{create_small_table(columns)}")
+        if self._output_dir:
+            self._write_report(coco_eval, precisions)
         return results
+
+    def _write_report(self, coco_eval, by_size: dict[str, np.ndarray]) -> None:
+        """
+        Only the main process comes here.
+
+        Args:
+            by_size: name of an AP -> precision (IoU thresholds, recall levels, classes).
+        """
+        name = self._metadata.name
+        table, curves = (
+            os.path.join(self._output_dir, f"{name}_{what}")
+            for what in ("per_class.csv", "pr_curves.png")
+        )
+        truth = self._coco_api
+        ids = sorted(truth.getCatIds())  # as COCO's metric orders the classes
+        classes = [category["name"] for category in truth.loadCats(ids)]
+        images = truth.getImgIds() if coco_eval is None else list(coco_eval.params.imgIds)
+        counts = {}
+        for column, area in (("objects", np.inf), ("very small objects", VERY_SMALL_AREA)):
+            numbers = count_objects(truth, images, area)
+            counts[column] = [numbers[i] for i in ids]
+        if coco_eval is None:
+            write_per_class(table, classes, counts, None)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(curves)  # those of an earlier evaluation
+            return
+        precision = coco_eval.eval["precision"][..., -1]
+        thresholds = np.round(coco_eval.params.iouThrs, 2).tolist()
+        areas = dict(zip(coco_eval.params.areaRngLbl, np.moveaxis(precision, -1, 0)))
+        half, three_quarters = thresholds.index(0.5), thresholds.index(0.75)
+        columns = {
+            "AP": areas["all"],
+            "AP50": areas["all"][[half]],
+            "AP75": areas["all"][[three_quarters]],
+            "APs": areas["small"],
+            "APm": areas["medium"],
+            "APl": areas["large"],
+            **by_size,  # of the benchmark, where it has others
+        }
+        order = [n for n in _COLUMNS if n in columns] + [n for n in by_size if n not in _COLUMNS]
+        write_per_class(table, classes, counts, {n: columns[n] for n in order})
+        very_small = f"at most {VERY_SMALL_AREA**0.5:g} px"
+        write_pr_curves(
+            curves,
+            name,
+            classes,
+            {f"IoU {t:g}": areas["all"][thresholds.index(t)] for t in (0.5, 0.75, 0.9)},
+            {
+                very_small: by_size["APvs"][half],
+                **{label: areas[label][half] for label in ("small", "medium", "large")},
+            },
+        )
 
 
 def _describe(metric: SizeMetric) -> str:
@@ -99,16 +157,18 @@ def _describe(metric: SizeMetric) -> str:
     return size if metric.iou is None else f"{size}, IoU {metric.iou:g}"
 
 
-def _average_precision(coco_eval, metric: SizeMetric, by_coverage: bool = False) -> float:
+def _precision(coco_eval, metric: SizeMetric, by_coverage: bool = False) -> np.ndarray:
     """
-    AP in percent of the objects and detections of ``coco_eval``.
+    Precision (IoU thresholds, recall levels, classes) on the objects and detections of
+    ``coco_eval``; -1 where a class has no object of the size. Empty where it is None, Detectron2's
+    way to say that there were no predictions.
 
     Args:
         by_coverage: a detection is also ignored where it lies in an object of another size, see
             ``EvaluationRules.ignores_by_coverage``.
     """
-    if coco_eval is None:  # Detectron2's way to say that there were no predictions
-        return float("nan")
+    if coco_eval is None:
+        return np.empty((0, 0, 0))
     truth = coco_eval.cocoGt
     if by_coverage:
         truth = _others_as_crowds(truth, metric)
@@ -124,10 +184,8 @@ def _average_precision(coco_eval, metric: SizeMetric, by_coverage: bool = False)
     with contextlib.redirect_stdout(io.StringIO()):
         again.evaluate()
         again.accumulate()
-    # (IoU thresholds, recall levels, classes, areas, max_dets); -1 where a class has no object.
-    precision = again.eval["precision"][:, :, :, 0, -1]
-    precision = precision[precision > -1]
-    return float(precision.mean() * 100) if precision.size else float("nan")
+    # (IoU thresholds, recall levels, classes, areas, max_dets)
+    return again.eval["precision"][:, :, :, 0, -1]
 
 
 def _others_as_crowds(truth: COCO, metric: SizeMetric) -> COCO:

@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 from types import SimpleNamespace
@@ -116,6 +117,33 @@ def test_no_predictions_and_no_very_small_objects_give_nan(evaluate):
     assert math.isnan(evaluate([(SMALL, 0)], [])["APvs"])
     result = evaluate([(LARGE, 0)], [(LARGE, 0, 0.9)])
     assert math.isnan(result["APvs"]) and result["AP"] == pytest.approx(100)
+
+
+def test_the_table_of_the_classes_and_the_curves_are_left_beside_the_predictions(
+    evaluate, tmp_path
+):
+    truth = [(SMALL, 0), (OTHER_SMALL, 0), (LARGE, 0), (MIDDLE, 1)]
+    result = evaluate(truth, [(SMALL, 0, 0.9), ([200, 10, 210, 20], 0, 0.8), (MIDDLE, 1, 0.7)])
+    with open(tmp_path / "out" / f"{NAME}_per_class.csv") as f:
+        a, b, every = csv.DictReader(f)
+    assert (a["class"], b["class"], every["class"]) == ("a", "b", "all classes")
+    for name in ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl"):
+        # The log's table and the file are of the same arrays.
+        expected = "" if math.isnan(result[name]) else f"{result[name]:.2f}"
+        assert every[name] == expected, name
+    assert a["AP"] == f"{result['AP-a']:.2f}" and b["AP"] == f"{result['AP-b']:.2f}" == "100.00"
+    # Half of the two very small ones is found before the first false alarm: recall 0 to .5.
+    assert a["APvs"] == f"{100 * 51 / 101:.2f}" and b["APvs"] == ""
+    assert (a["objects"], b["objects"], every["objects"]) == ("3", "1", "4")
+    assert [row["very small objects"] for row in (a, b, every)] == ["2", "0", "2"]
+    curves = tmp_path / "out" / f"{NAME}_pr_curves.png"
+    assert curves.read_bytes().startswith(b"\x89PNG")
+
+    evaluate(truth, [])  # curves of an earlier evaluation would be taken for this one's
+    assert not curves.exists()
+    with open(tmp_path / "out" / f"{NAME}_per_class.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["objects"] for row in rows] == ["3", "1", "4"] and "AP" not in rows[0]
 
 
 @pytest.mark.parametrize("limit, found", [(100, 0.0), (150, 100.0)])

@@ -1,0 +1,298 @@
+"""
+Several trainings side by side, finished or not, from what they leave in their folders: results,
+losses, and in which config keys they differ.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import yaml
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.messages import short
+
+from .study import read_metrics
+
+__all__ = ["Training", "as_markdown", "differing_keys", "plot", "read_training", "read_trainings"]
+
+_METRICS = ("AP", "AP50", "AP75", "APvs", "APs")
+# Where a training writes is no setting of it.
+_NOT_COMPARED = ("OUTPUT_DIR", "VERSION", "train.output_dir")
+_UNSET = "-"
+_ABSENT = object()
+_MAX_PLOTTED_LOSSES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the folder of one training tells."""
+
+    label: str
+    folder: str
+    rows: dict[int, dict[str, float]]
+    """Iteration, counted from 0 -> what was logged for it, ascending. An evaluation after the last
+    iteration bears the number of iterations."""
+    settings: dict[str, object]
+    """Dotted config key -> value; empty without a ``config.yaml``."""
+    is_finished: bool
+
+    @property
+    def last_iteration(self) -> int:
+        """Number of iterations that are logged."""
+        return max((i + 1 for i, row in self.rows.items() if "total_loss" in row), default=0)
+
+    @property
+    def max_iter(self) -> int | None:
+        """Number of iterations that the config asks for."""
+        return self.settings.get("SOLVER.MAX_ITER", self.settings.get("train.max_iter"))
+
+    @property
+    def time(self) -> float:
+        """Median over the logged iterations of the seconds of one; NaN before the first line."""
+        times = sorted(row["time"] for row in self.rows.values() if "time" in row)
+        return times[len(times) // 2] if times else math.nan
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of ``key``, where it was logged."""
+        points = [(i, row[key]) for i, row in self.rows.items() if key in row]
+        return [i for i, _ in points], [value for _, value in points]
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Number of iterations before -> "AP", "AP50" ... of boxes, on the first test set."""
+        prefix = self._prefix() + "bbox/"
+        found = {}
+        for iteration, row in self.rows.items():
+            if f"{prefix}AP" in row:
+                # The last evaluation bears the number of iterations, others count from 0.
+                done = iteration if iteration >= self.last_iteration else iteration + 1
+                boxes = [key for key in row if key.startswith(prefix)]
+                found[done] = {key.removeprefix(prefix): row[key] for key in boxes}
+        return found
+
+    def _prefix(self) -> str:
+        """Before "bbox/AP": with several test sets Detectron2 writes their names."""
+        keys = [key for row in self.rows.values() for key in row if key.endswith("bbox/AP")]
+        if not keys or "bbox/AP" in keys:
+            return ""
+        names = self.settings.get("DATASETS.TEST") or []
+        first = [f"{name}/" for name in names if f"{name}/bbox/AP" in keys]
+        return first[0] if first else keys[0].removesuffix("bbox/AP")
+
+
+def read_trainings(folders: Sequence[str], labels: Sequence[str] | None = None) -> list[Training]:
+    """
+    Args:
+        folders: ``OUTPUT_DIR`` of each training.
+        labels: a name for each; by default the parts of its path that tell it from the others.
+
+    Raises:
+        UserError: another number of labels, or two alike; see :func:`read_training`.
+    """
+    if labels is not None and len(labels) != len(folders):
+        raise UserError(
+            f"--labels: {len(labels)} labels for {len(folders)} folders: give one for each"
+        )
+    labels = list(labels or _labels(folders))
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"{twice[0]}: stands for two trainings: give each a label of its own")
+    return [read_training(folder, label) for folder, label in zip(folders, labels)]
+
+
+def read_training(folder: str, label: str | None = None) -> Training:
+    """
+    Where a folder was trained in more than once, the last training counts, and of a resumed one
+    what was done after its checkpoint counts from the resumed part.
+
+    Raises:
+        UserError: no such folder, one without ``metrics.json`` or without a line in it, a
+            ``config.yaml`` that is none.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder: give the OUTPUT_DIR of a training")
+    if not os.path.isfile(os.path.join(folder, "metrics.json")):
+        raise UserError(
+            f"{folder}: has no metrics.json: give the OUTPUT_DIR of a training (Detectron2 writes "
+            "the file after 20 iterations)"
+        )
+    rows: dict[int, dict[str, float]] = {}
+    for line in read_metrics(folder):
+        iteration = line["iteration"]
+        if "total_loss" in line:  # and not an evaluation alone, which may be of an old checkpoint
+            rows = {i: row for i, row in rows.items() if i < iteration}
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        rows.setdefault(iteration, {}).update(numbers)
+    if not rows:
+        raise UserError(f"{folder}/metrics.json: has no line with an iteration: not of a training")
+    return Training(
+        label=label or os.path.basename(os.path.abspath(folder)),
+        folder=folder,
+        rows=dict(sorted(rows.items())),
+        settings=_read_settings(os.path.join(folder, "config.yaml")),
+        is_finished=os.path.isfile(os.path.join(folder, "model_final.pth")),
+    )
+
+
+def differing_keys(trainings: Sequence[Training]) -> dict[str, list[str]]:
+    """
+    Dotted config key -> the value in each training as text ("-" where it has none), for the keys in
+    which those that have a ``config.yaml`` differ.
+    """
+    known = [t.settings for t in trainings if t.settings]
+    differing = {}
+    for key in sorted({key for settings in known for key in settings}):
+        if key in _NOT_COMPARED:
+            continue
+        values = [settings.get(key, _ABSENT) for settings in known]
+        if any(value != values[0] for value in values):
+            differing[key] = [_text(t.settings.get(key, _ABSENT)) for t in trainings]
+    return differing
+
+
+def as_markdown(trainings: Sequence[Training]) -> str:
+    """
+    Two tables: the last and the best evaluation (that of the highest AP) of each training with its
+    time and its iterations; and the config keys in which they differ.
+    """
+    table = [["run", "evaluated after", *_METRICS, "s/iteration", "iterations"]]
+    for training in trainings:
+        # Detectron2 may have scaled the number of the config (SOLVER.REFERENCE_WORLD_SIZE).
+        is_known = training.max_iter is not None and training.last_iteration <= training.max_iter
+        total = f" of {training.max_iter}" if is_known else ""
+        state = "" if training.is_finished else ", not finished"
+        cost = [_number(training.time, 2), f"{training.last_iteration}{total}{state}"]
+        evaluations = training.evaluations()
+        if not evaluations:
+            table.append([training.label, "not yet", *([_UNSET] * len(_METRICS)), *cost])
+            continue
+        last = max(evaluations)
+        # NaN is what an evaluation without any detection gives.
+        best = max(evaluations, key=lambda i: (_or_minus_one(evaluations[i]["AP"]), i))
+        rows = [("last", last), ("best", best)] if best != last else [("last, best", last)]
+        for name, done in rows:
+            numbers = [_number(evaluations[done].get(m, math.nan)) for m in _METRICS]
+            table.append([training.label, f"{done} ({name})", *numbers, *cost])
+    text = _markdown(table)
+    without = [t.label for t in trainings if not t.settings]
+    if without:
+        text += f"\nNo config.yaml: {', '.join(without)}.\n"
+    differing = differing_keys(trainings)
+    if differing:
+        rows = [[f"`{key}`", *values] for key, values in differing.items()]
+        text += "\n" + _markdown([["config key", *(t.label for t in trainings)], *rows])
+    elif len(trainings) - len(without) > 1:
+        text += "\nThe configs are alike.\n"
+    return text
+
+
+def plot(trainings: Sequence[Training], path) -> None:
+    """
+    AP and APvs, the total loss and the losses over the iterations, a line for each training, as
+    PNG.
+
+    Args:
+        path: file name, or a binary file to write to.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = dict.fromkeys(
+        key
+        for training in trainings
+        for row in training.rows.values()
+        for key in row
+        if key == "total_loss" or key.startswith("loss_")
+    )
+    losses = sorted(losses, key=lambda key: (key != "total_loss", key))[:_MAX_PLOTTED_LOSSES]
+    panels = ["AP", "APvs", *losses]
+    columns = min(3, len(panels))
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * num_rows))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axis, panel in zip(axes, panels):
+        for number, training in enumerate(trainings):
+            if panel in losses:
+                iterations, values = training.curve(panel)
+            else:
+                evaluations = training.evaluations()
+                iterations = list(evaluations)
+                values = [evaluations[i].get(panel, math.nan) for i in iterations]
+            style = "-" if panel in losses else "o-"
+            # Also without points, so that the legend names every training.
+            label = training.label
+            axis.plot(iterations, values, style, markersize=4, color=f"C{number % 10}", label=label)
+        axis.set_title(panel, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.set_xlim(0, 1.03 * max(training.last_iteration for training in trainings) or 1)
+        if panel in losses:
+            axis.set_ylim(bottom=0)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("iterations", fontsize=9)
+    handles, names = axes[0].get_legend_handles_labels()
+    inches = 0.25 * -(-len(names) // columns) + 0.1
+    height = figure.get_figheight()
+    figure.set_figheight(height + inches)
+    figure.legend(handles, names, loc="upper center", ncols=columns, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, height / (height + inches)))
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _labels(folders: Sequence[str]) -> list[str]:
+    """What tells the paths apart: without the folders at both ends that all of them share."""
+    parts = [os.path.abspath(folder).split(os.sep) for folder in folders]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    shortest = min(map(len, parts))
+    start = 0
+    while start < shortest - 1 and len({p[start] for p in parts}) == 1:
+        start += 1
+    end = 0
+    while end < shortest - start - 1 and len({p[-1 - end] for p in parts}) == 1:
+        end += 1
+    return ["/".join(p[start : len(p) - end]) for p in parts]
+
+
+def _read_settings(path: str) -> dict[str, object]:
+    try:
+        with open(path) as f:
+            content = yaml.safe_load(f)
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the config of a training: must be a mapping")
+    return _flat(content)
+
+
+def _flat(node: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _text(value) -> str:
+    return _UNSET if value is _ABSENT else short(value).replace("|", "\\|")
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return _UNSET if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _or_minus_one(value: float) -> float:
+    return -1.0 if math.isnan(value) else value
+
+
+def _markdown(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    return "\n".join(lines) + "\n"

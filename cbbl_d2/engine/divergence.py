@@ -1,0 +1,87 @@
+"""What to tell the user of a training whose losses or weights are no longer finite numbers."""
+
+import logging
+import re
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.messages import listed
+
+# As Detectron2 writes the losses into its FloatingPointError, with or without NumPy's type.
+_LOSS = re.compile(r"'([^']+)': (?:np\.float64\()?(nan|-?inf)")
+
+
+def is_finite(model: torch.nn.Module) -> bool:
+    """Whether all weights and buffers are; waits for the device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+
+
+def explain_divergence(
+    error: Exception,
+    cfg: CfgNode,
+    iteration: int,
+    model: torch.nn.Module,
+    learning_rate: float,
+    batches: Sequence[list[str]],
+    num_processes: int = 1,
+) -> str:
+    """
+    One line: what became infinite or NaN, when, on which images, and the cure. Detectron2 notices
+    it in numbers that it has on the CPU anyway; the weights are looked at only here.
+
+    Args:
+        error: of the losses or of predicted boxes.
+        cfg: ``SOLVER.CLIP_GRADIENTS`` is read.
+        iteration: counted from 0, as in ``metrics.json``.
+        batches: the file names of the last batches of this process, the newest last.
+        num_processes: whose losses Detectron2 has averaged; of the other ones the images are not
+            known here.
+    """
+    losses = [f"{name} is {value}" for name, value in _LOSS.findall(str(error))]
+    what = ", ".join(losses) or "the predicted boxes or scores are not finite"
+    images = list(batches[-1]) if batches else []
+    where = "on the images"
+    if not is_finite(model):
+        # No input helps then: the step before this forward pass has done it.
+        images = list(batches[-2]) if len(batches) > 1 else []
+        where = (
+            f", as the weights are no longer finite since iteration {iteration - 1}, trained on "
+            "the images"
+            if images
+            else ", as the weights that training started with are not finite"
+        )
+    where = where if where.startswith(",") else f" {where}"
+    if images:
+        others = ""
+        if num_processes > 1:
+            others = f" of this process, or on those of the other {num_processes - 1}"
+        where += f" {listed(images, limit=16)}{others}"
+    elif not where.startswith(","):
+        where = ""
+    clip = "set SOLVER.CLIP_GRADIENTS.ENABLED True"
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        clip = f"lower SOLVER.CLIP_GRADIENTS.CLIP_VALUE, {cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE:g}"
+    return (
+        f"training has diverged at iteration {iteration}: {what}{where}: lower SOLVER.BASE_LR (the "
+        f"learning rate was {learning_rate:.3g}), or {clip}; if it is always the same images, "
+        "check their annotations with tools/check_dataset.py"
+    )
+
+
+class _UserErrorsInOneLine(logging.Filter):
+    """Detectron2 logs what ends a training with a traceback, which is for bugs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, UserError):
+            record.msg, record.args = "Training ended: %s", (error,)
+            record.exc_info = None
+        # Of losses that are not finite main logs a traceback before it raises the same error.
+        return not isinstance(error, FloatingPointError)
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_UserErrorsInOneLine())
