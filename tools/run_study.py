@@ -23,7 +23,10 @@ from typing import Dict, List
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import tqdm
+import yaml
+from detectron2.config import CfgNode, get_cfg
 
+from cbbl_d2 import add_cbbl_config
 from cbbl_d2.analysis.study import Run, Study, load_study
 from cbbl_d2.analysis.study_table import as_csv, as_markdown, plot, summarize
 from cbbl_d2.engine import one_line_errors
@@ -51,14 +54,36 @@ def check_unchanged(run: Run) -> None:
             f.write(run.settings)
         return
     with open(path) as f:
-        before = f.read().splitlines()
-    now = run.settings.splitlines()
-    if before != now:
-        changed = [line.strip() for line in now if line not in before]
+        before = flat_settings(f.read())
+    now, defaults = flat_settings(run.settings), flat_settings(default_config().dump())
+    # A key that is younger than the training acted as its default does.
+    changed = [
+        f"{key} {value}" for key, value in now.items() if before.get(key, defaults[key]) != value
+    ]
+    if changed:
         raise UserError(
             f"{run.folder}: was trained with other settings, which now are {listed(changed)}: "
             "delete the folder, or give the study another output"
         )
+
+
+def default_config() -> CfgNode:
+    cfg = get_cfg()
+    add_cbbl_config(cfg)
+    return cfg
+
+
+def flat_settings(text: str) -> Dict[str, object]:
+    """Dotted config key -> value, from a config as YAML."""
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(yaml.safe_load(text), ""))
 
 
 def start(run: Run, jobs: int) -> subprocess.Popen:

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from cbbl_d2.analysis.gradient_stats import GradientStats
 from cbbl_d2.data.broken_images import NameBrokenImage
+from cbbl_d2.data.class_names import save_class_names
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
@@ -73,6 +74,7 @@ class CBBLTrainer(DefaultTrainer):
         ret.remove(periodic)
         ret.insert(-1, periodic)  # the writers stay last
         remove_unfinished(self.cfg.OUTPUT_DIR)
+        save_class_names(self.cfg)
         return ret
 
     def _build_best_checkpointer(self):

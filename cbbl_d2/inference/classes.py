@@ -12,11 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from cbbl_d2.data.class_names import CLASSES_NAME
 from cbbl_d2.data.dataset_checks import node_with_num_classes
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
-
-CLASSES_NAME = "classes.txt"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,6 +186,13 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
     with open(os.path.join(study_folder(path), "table.md")) as f:
         assert "| a |" in f.read()
 
+    # As before, where the config has got a new key since: it acted as its default does.
+    settings = os.path.join(run.folder, "study_config.yaml")
+    with open(settings) as f:
+        older = [line for line in f if "VOTING_SIGMA" not in line]
+    with open(settings, "w") as f:
+        f.writelines(older)
+
     # A third time there is nothing to do; with other settings the folder is not touched.
     size = os.path.getsize(os.path.join(run.folder, "console.txt"))
     assert run_tool(path)[0] == 0
@@ -195,7 +202,10 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
     )
     status, said = run_tool(changed)
     assert status == 1
-    assert "trained with other settings, which now are CHECKPOINT_PERIOD: 5, MAX_ITER: 12:" in said
+    assert (
+        "trained with other settings, which now are SOLVER.CHECKPOINT_PERIOD 5, SOLVER.MAX_ITER 12:"
+        in said
+    )
 
 
 def test_a_run_that_fails_is_named(write_study, run_tool, repository):

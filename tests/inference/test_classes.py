@@ -8,6 +8,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
+from cbbl_d2.data.class_names import save_class_names  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference import find_classes, load_inference_config  # noqa: E402
@@ -90,3 +91,16 @@ def test_the_order_of_the_sources(cfg, dataset, tmp_path):
 def test_wrong_names(cfg, names, message):
     with pytest.raises(UserError, match=message):
         find_classes(cfg, names)
+
+
+def test_names_that_a_training_leaves_beside_its_checkpoints(cfg, tmp_path):
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.DATASETS.TRAIN = ("cbbl_test_two_classes",)
+    metadata = MetadataCatalog.get("cbbl_test_two_classes")
+    metadata.set(thing_classes=["röd cell", "2"])
+    save_class_names(cfg)
+    MetadataCatalog.pop("cbbl_test_two_classes")
+    cfg.DATASETS.TRAIN = ()
+    classes = find_classes(cfg)
+    assert classes.names == ("röd cell", "2")
+    assert classes.source == str(tmp_path / "classes.txt")
