@@ -24,7 +24,15 @@ from cbbl_d2.errors import UserError
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "SmallShapes")
 ITERATIONS = 5
-TOLERANCE = 1e-5
+# Rounding can grow to 5e-5 in a few steps of a dense detector, depending on the processor. Those are
+# trained in double precision; of R-CNN, whose NMS takes float32 boxes, single precision is enough.
+DTYPES = {
+    "cbbl.yaml": torch.float32,
+    "cbbl_retinanet.yaml": torch.float64,
+    "cbbl_fcos.yaml": torch.float64,
+}
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
+LEARNT = 5e-4  # how far the parameters go at least
 
 # What the law below needs of every detector:
 COMMON = {
@@ -73,7 +81,7 @@ def _build(config, seed=0):
     cfg.merge_from_list(options)
     cfg.MODEL.DEVICE = "cpu"
     torch.manual_seed(seed)
-    return build_model(cfg)
+    return build_model(cfg).to(DTYPES[config])
 
 
 def _train(model, batch):
@@ -127,10 +135,10 @@ def test_two_processes_with_half_the_batch_train_as_one_with_all_of_it(
     whole = _train(_build(config), _batch())
     for rank in range(2):
         path = trained_in_two_processes / f"{config}.{rank}.pth"
-        assert _distance(torch.load(path, weights_only=True), whole) < TOLERANCE
+        assert _distance(torch.load(path, weights_only=True), whole) < TOLERANCES[DTYPES[config]]
     # It can fail: the parameters have moved far, and elsewhere than on one of the halves alone.
-    assert _distance(whole, start) > 50 * TOLERANCE
-    assert _distance(whole, _train(_build(config), _batch()[:2])) > 50 * TOLERANCE
+    assert _distance(whole, start) > LEARNT
+    assert _distance(whole, _train(_build(config), _batch()[:2])) > LEARNT
 
 
 def _arguments(**kwargs):
