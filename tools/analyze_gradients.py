@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Pictures of the gradient of the localisation loss.
+The gradient of the localisation loss: pictures and a table.
 
 curves: against the error of the box, for L2, Smooth-L1, IoU, GIoU and C-BBL, boxes of several sizes
 
@@ -15,6 +15,9 @@ SOLVER.CHECKPOINT_PERIOD iterations.
         output/small_shapes_cbbl/model_final.pth --dataset small_shapes_val --output maps.png
 
 While a detector trains, SOLVER.GRADIENT_STATS_PERIOD 20 logs its gradients by object size.
+table: these, early and late in training, for the runs of a study (see tools/run_study.py)
+
+    python tools/analyze_gradients.py table tools/studies/faster_rcnn.yaml
 """
 
 import argparse
@@ -32,6 +35,8 @@ from cbbl_d2.analysis.gradient_maps import (
     localisation_gradient_map,
     plot_gradient_maps,
 )
+from cbbl_d2.analysis.gradient_table import gradients_as_markdown, summarize_gradients
+from cbbl_d2.analysis.study import load_study
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.coco_format import register_from_config
@@ -46,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="curves|maps")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="curves|maps|table")
 
     curves = commands.add_parser("curves", help="gradient against the error of the box")
     curves.add_argument(
@@ -97,6 +102,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
     maps.add_argument(
         "--seed", type=_whole(0), default=0, help="of the sampling of regions (default: 0)"
+    )
+
+    table = commands.add_parser("table", help="gradients by object size, for the runs of a study")
+    table.add_argument("study", help="YAML file")
+    table.add_argument(
+        "--head",
+        default="box",
+        help="box, rpn, or a stage of a cascade, such as box_stage0 (default: box)",
     )
     for command, default in ((curves, "curves.png"), (maps, "maps.png")):
         command.add_argument(
@@ -205,6 +218,9 @@ def _png(path: str):
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    if args.command == "table":
+        print(gradients_as_markdown(summarize_gradients(load_study(args.study), args.head)))
+        return
     (write_curves if args.command == "curves" else write_maps)(args)
     print(f"Written to {args.output}")
 

@@ -5,10 +5,14 @@ Train several configs with several seeds and put them into one table.
     python tools/run_study.py tools/studies/detectors.yaml
     python tools/run_study.py tools/studies/detectors.yaml --jobs 2
     python tools/run_study.py tools/studies/detectors.yaml --table-only
+    python tools/run_study.py tools/studies/detectors.yaml --evaluate-on small_shapes_test
 
 A study is a YAML file, see cbbl_d2/analysis/study.py. Each run is a process of train_net.py with
 an output folder of its own. Called again, this skips what is finished and resumes what is not. In
 the folder of the study it writes table.md, table.csv and plot.png.
+
+--evaluate-on evaluates the last checkpoint of every finished run on another data set, such as a
+test split once all choices are made, and writes the same table for it into a folder of its name.
 """
 
 import argparse
@@ -38,9 +42,14 @@ TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "trai
 
 
 def command(run: Run) -> List[str]:
+    what, options = "--resume", []
+    if run.test_set:
+        what = "--eval-only"
+        options = ["MODEL.WEIGHTS", run.weights, "DATASETS.TEST", f"('{run.test_set}',)"]
     return [
-        *(sys.executable, TRAIN_NET, "--config-file", run.config, "--resume"),
+        *(sys.executable, TRAIN_NET, "--config-file", run.config, what),
         *run.overrides,
+        *options,
         *("SEED", str(run.seed), "OUTPUT_DIR", run.folder),
     ]
 
@@ -91,6 +100,7 @@ def start(run: Run, jobs: int) -> subprocess.Popen:
     The process holds a lock on its folder for as long as it lives, also when this program is killed
     and called again: two processes never write into one folder.
     """
+    os.makedirs(run.folder, exist_ok=True)
     with open(os.path.join(run.folder, "lock"), "w") as lock:
         deadline = time.time() + 10  # a process that was killed just now takes a moment to go
         while True:
@@ -121,7 +131,9 @@ def last_line(run: Run) -> str:
 
 
 def train(study: Study, jobs: int) -> List[Run]:
-    """Train what is not finished, ``jobs`` runs at a time. Returns the runs that failed."""
+    """
+    Train, or evaluate, what is not finished, ``jobs`` runs at a time. Returns the runs that failed.
+    """
     waiting = [run for run in study.runs if run.results() is None]
     running: Dict[Run, subprocess.Popen] = {}
     failed = []
@@ -178,7 +190,13 @@ def main() -> None:
     )
     parser.add_argument("study", help="YAML file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--table-only", action="store_true", help="train nothing")
+    parser.add_argument("--table-only", action="store_true", help="train and evaluate nothing")
+    parser.add_argument(
+        "--evaluate-on",
+        default="",
+        metavar="NAME",
+        help="registered data set, or one of DATASETS.COCO_FORMAT",
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be 1 or more")
@@ -187,6 +205,9 @@ def main() -> None:
     for run in study.runs:
         if not args.table_only or os.path.isdir(run.folder):
             check_unchanged(run)
+    if args.evaluate_on:
+        study = study.evaluated_on(args.evaluate_on)
+        os.makedirs(study.output, exist_ok=True)
     # As Ctrl-C does, so that the trainings are ended with this program.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = [] if args.table_only else train(study, args.jobs)

@@ -52,7 +52,10 @@ def read_metrics(folder: str) -> List[Dict]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a config with one seed."""
+    """
+    One training: a config with one seed. Or, with ``test_set``, the evaluation of its last
+    checkpoint on that data set.
+    """
 
     name: str
     config: str
@@ -61,6 +64,13 @@ class Run:
     folder: str
     max_iter: int
     settings: str  # the whole config, as YAML
+    test_set: str = ""
+
+    @property
+    def weights(self) -> str:
+        """The last checkpoint of the training."""
+        trained_in = os.path.dirname(self.folder) if self.test_set else self.folder
+        return os.path.join(trained_in, "model_final.pth")
 
     def last_iteration(self) -> int:
         """Number of iterations that ``metrics.json`` tells of; 0 before the first lines."""
@@ -71,7 +81,7 @@ class Run:
         The metrics of the evaluation after the last iteration, with the median ``time`` of an
         iteration in seconds; None while the run is not finished.
         """
-        if not os.path.isfile(os.path.join(self.folder, "model_final.pth")):
+        if not os.path.isfile(self.weights):
             return None
         lines = self._lines()
         # Only an evaluation has keys like bbox/AP. Its line bears the last iteration, counted
@@ -107,6 +117,27 @@ class Study:
     @property
     def names(self) -> List[str]:
         return list(dict.fromkeys(run.name for run in self.runs))
+
+    def evaluated_on(self, test_set: str) -> "Study":
+        """
+        The same study, with what its trainings achieve on another data set. Results are kept in a
+        folder of that name in each run's folder, and in the study's.
+
+        Raises:
+            UserError: a run is not finished.
+        """
+        unfinished = [f"{r.name}, seed {r.seed}" for r in self.runs if r.results() is None]
+        if unfinished:
+            raise UserError(
+                f"{self.output}: to be evaluated on {test_set} all runs have to be finished, and "
+                f"{listed(unfinished)} {'is' if len(unfinished) == 1 else 'are'} not: run the "
+                "study without --evaluate-on first"
+            )
+        runs = [
+            dataclasses.replace(r, folder=os.path.join(r.folder, test_set), test_set=test_set)
+            for r in self.runs
+        ]
+        return dataclasses.replace(self, output=os.path.join(self.output, test_set), runs=runs)
 
 
 def load_study(path: str) -> Study:

@@ -226,3 +226,32 @@ def test_a_run_that_fails_is_named(write_study, run_tool, repository):
 def study_folder(path):
     with open(path) as f:
         return yaml.safe_load(f)["output"]
+
+
+def test_finished_runs_are_evaluated_on_another_data_set(write_study, run_tool, repository):
+    """The trainings and their table stay what they are."""
+    config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+    path = write_study(
+        seeds=[1], overrides=["SOLVER.MAX_ITER", 2], runs={"a": config}, baseline=None
+    )
+    other = "small_shapes_mini_test"
+    status, said = run_tool(path, "--evaluate-on", other)
+    assert status == 1 and "a, seed 1 is not: run the study without --evaluate-on first" in said
+    assert run_tool(path)[0] == 0
+    study = load_study(path)
+    table = os.path.join(study.output, "table.md")
+    before = open(table).read(), study.runs[0].results()
+
+    status, said = run_tool(path, "--evaluate-on", other)
+    assert status == 0, said
+    (evaluated,) = study.evaluated_on(other).runs
+    folder = os.path.join(study.runs[0].folder, other)
+    assert evaluated.folder == folder and evaluated.results()["bbox/AP"] >= 0
+    assert os.path.isfile(os.path.join(study.output, other, "plot.png"))
+    with open(os.path.join(folder, "inference", "coco_instances_results.json")) as f:
+        assert isinstance(json.load(f), list)
+    assert (open(table).read(), load_study(path).runs[0].results()) == before
+    # A second time there is nothing to do.
+    size = os.path.getsize(os.path.join(folder, "console.txt"))
+    assert run_tool(path, "--evaluate-on", other)[0] == 0
+    assert os.path.getsize(os.path.join(folder, "console.txt")) == size

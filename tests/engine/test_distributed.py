@@ -24,8 +24,8 @@ from cbbl_d2.errors import UserError
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "SmallShapes")
 ITERATIONS = 5
-# Rounding can grow to 5e-5 in a few steps of a dense detector, depending on the processor. Those are
-# trained in double precision; of R-CNN, whose NMS takes float32 boxes, single precision is enough.
+# Rounding grows to 5e-5 in a few steps of a dense detector, depending on the processor: those are
+# trained in double precision. For R-CNN, whose NMS takes float32 boxes, single precision is enough.
 DTYPES = {
     "cbbl.yaml": torch.float32,
     "cbbl_retinanet.yaml": torch.float64,

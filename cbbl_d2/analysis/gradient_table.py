@@ -1,0 +1,87 @@
+"""The localisation gradients of the runs of a study, by object size, early and late in training."""
+
+import math
+from typing import Dict, List
+
+import numpy as np
+
+from cbbl_d2.errors import UserError
+
+from .gradient_stats import SIZES
+from .study import Run, Study, read_metrics
+
+# The first and the last quarter of a training: a single iteration has few regions of each size.
+PART = 0.25
+_STATISTICS = ("mean", "total_variance", "relative_total_variance")
+
+
+def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
+    """
+    Means over iterations and seeds of what ``SOLVER.GRADIENT_STATS_PERIOD`` has logged.
+
+    Args:
+        head: see :class:`GradientStats`.
+
+    Returns:
+        list[dict]: for each run and each range of object sizes that has values, ``name``, ``size``,
+        ``seeds`` (how many), and for ``early`` and ``late`` (first and last quarter of the
+        iterations) ``{part} mean``, ``{part} total_variance`` and
+        ``{part} relative_total_variance``; ``ratio``: by how much the late total variance is below
+        that of the run's baseline, or NaN.
+
+    Raises:
+        UserError: no run has logged gradients of this head.
+    """
+    rows = []
+    for name in study.names:
+        for size in SIZES:
+            by_seed = [_of_run(r, f"gradients/{head}/{size}") for r in study.runs if r.name == name]
+            by_seed = [values for values in by_seed if values]
+            if by_seed:
+                means = {key: float(np.mean([v[key] for v in by_seed])) for key in by_seed[0]}
+                rows.append({"name": name, "size": size, "seeds": len(by_seed), **means})
+    if not rows:
+        raise UserError(
+            f"{study.output}: no run has logged gradients of the head {head}: train with "
+            "SOLVER.GRADIENT_STATS_PERIOD 20 among the overrides of the study"
+        )
+    late = {(row["name"], row["size"]): row["late total_variance"] for row in rows}
+    for row in rows:
+        baseline = late.get((study.baselines.get(row["name"]), row["size"]), math.nan)
+        own = row["late total_variance"]
+        row["ratio"] = baseline / own if own > 0 else math.nan
+    return rows
+
+
+def _of_run(run: Run, prefix: str) -> Dict[str, float]:
+    """Empty if one of the numbers is missing."""
+    parts = {"early": (0, PART * run.max_iter), "late": ((1 - PART) * run.max_iter, run.max_iter)}
+    lines = read_metrics(run.folder)
+    found = {}
+    for part, (begin, end) in parts.items():
+        for statistic in _STATISTICS:
+            key = f"{prefix}/{statistic}"
+            values = [x[key] for x in lines if begin <= x["iteration"] < end and key in x]
+            if not values:
+                return {}
+            found[f"{part} {statistic}"] = float(np.mean(values))
+    return found
+
+
+def gradients_as_markdown(rows: List[Dict]) -> str:
+    """The rows of :func:`summarize_gradients` as a table."""
+    lines = [
+        "| objects | run | length, early | late | variance, early | late | late / early "
+        "| baseline / run, late | relative variance, late | seeds |",
+        "|" + "---|" * 10,
+    ]
+    for row in sorted(rows, key=lambda row: SIZES.index(row["size"])):
+        early, late = row["early total_variance"], row["late total_variance"]
+        ratio = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}"
+        settles = f"{late / early:.2f}" if early > 0 else ""
+        lines.append(
+            f"| {row['size']} | {row['name']} | {row['early mean']:.2g} | {row['late mean']:.2g} "
+            f"| {early:.2g} | {late:.2g} | {settles} | {ratio} "
+            f"| {row['late relative_total_variance']:.2f} | {row['seeds']} |"
+        )
+    return "\n".join(lines) + "\n"
