@@ -210,7 +210,11 @@ def test_twins_differ_in_localisation_alone(cbbl, twin):
 def test_detectors_have_twins():
     with_twin = {cbbl for cbbl, _ in twins()}
     for folder in ("SmallShapes", "COCO-Detection", "VisDrone", "TinyPerson", "AI-TOD", "BCCD"):
-        detectors = {name for name in NAMES if name.startswith(f"{folder}/cbbl")}
+        detectors = {
+            name
+            for name in NAMES
+            if name.startswith(f"{folder}/cbbl") and not name.endswith("_paper")
+        }
         assert detectors and detectors <= with_twin
 
 
@@ -222,6 +226,18 @@ def test_ablation_changes_one_key(name):
     base = load(f"{name.partition('/ablations/')[0]}/cbbl")
     changed = differences(base, load(name)) - {"OUTPUT_DIR"}
     assert len(changed) == 1, changed
+
+
+PAPER = [name for name in NAMES if name.endswith("_paper")]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_setting_differs_from_the_default_in_the_loss_alone(name):
+    changed = differences(load(name.removesuffix("_paper")), load(name)) - {"OUTPUT_DIR"}
+    assert changed and all(
+        key.startswith("MODEL.CBBL.") or key == "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT"
+        for key in changed
+    )
 
 
 def test_ablations_differ_from_each_other():

@@ -10,7 +10,6 @@ objects can be seen.
 """
 
 import argparse
-import glob
 import logging
 import os
 import sys
@@ -22,7 +21,6 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
@@ -33,11 +31,12 @@ from cbbl_d2.engine.checkpoint import load_weights
 from cbbl_d2.engine.cli import load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
+from cbbl_d2.inference.arguments import number
+from cbbl_d2.inference.sources import IMAGE_TYPES, find_files, read_rgb
 from cbbl_d2.visualization import contact_sheet, draw_pair, shrink
 
 logger = logging.getLogger("cbbl_d2.visualize")
 
-IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OVERVIEW = "overview"
 # The pictures of the contact sheet are kept in memory until the end: at most 48, at this width.
 MAX_OVERVIEW, OVERVIEW_WIDTH = 48, 1500
@@ -59,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", metavar="NAME", help="registered data set, with ground truth")
     parser.add_argument(
         "--num-images",
-        type=_number_of_images,
+        type=number(int, 1),
         metavar="N",
         help="draw at most N images, evenly spread; default: 12 of a data set, all of --input",
     )
@@ -67,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--confidence-threshold",
         "--score-threshold",
         dest="confidence_threshold",
-        type=_score,
+        type=number(float, 0, 1),
         default=0.5,
         metavar="SCORE",
         help="minimum score for predictions to be shown (default: 0.5)",
@@ -96,33 +95,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number_of_images(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
-    return int(text)
-
-
-def _float_or_nan(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _score(text: str) -> float:
-    score = _float_or_nan(text)
-    if not 0 <= score <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
-    return score
-
-
 def _scale(text: str) -> float | None:
-    if text == "auto":
-        return None
-    scale = _float_or_nan(text)
-    if not 0 < scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be auto or a number > 0")
-    return scale
+    return None if text == "auto" else number(float, 0.01, 100)(text)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -152,32 +126,6 @@ def build_predictor(cfg: CfgNode) -> DefaultPredictor:
 
 
 # -- what to draw ----------------------------------------------------------------------------------
-
-
-def find_images(inputs: list[str]) -> list[str]:
-    """
-    The image files that the words of ``--input`` stand for, each once.
-
-    Raises:
-        UserError: a word that stands for none.
-    """
-    files = []
-    for word in inputs:
-        path = os.path.expanduser(word)
-        if os.path.isdir(path):
-            found = [os.path.join(path, x) for x in sorted(os.listdir(path))]
-            found = [x for x in found if x.lower().endswith(IMAGE_TYPES) and os.path.isfile(x)]
-            if not found:
-                raise UserError(f"{word}: no images in this folder ({', '.join(IMAGE_TYPES)})")
-        elif os.path.isfile(path):
-            found = [path]
-        else:
-            found = [x for x in sorted(glob.glob(path, recursive=True)) if os.path.isfile(x)]
-            if not found:
-                raise UserError(f"{word}: no such file, folder or match")
-        files.extend(found)
-    # The same image may be named twice, as a file and by its folder.
-    return list({os.path.realpath(x): x for x in reversed(files)}.values())[::-1]
 
 
 def find_metadata(cfg: CfgNode) -> Metadata | None:
@@ -295,15 +243,11 @@ def draw_record(
         UserError: this image cannot be read or drawn.
     """
     path = record["file_name"]
-    try:
-        image = read_image(path, format="BGR")
-        check_image_size(dict(record), image)
-    except Exception as e:  # a damaged file can make a decoder raise anything
-        raise UserError(f"{path}: {e}".replace("\n", " ")) from e
-    instances = predictor(image)["instances"]
+    image = read_rgb(path, record)
+    instances = predictor(image[:, :, ::-1])["instances"]  # DefaultPredictor takes BGR
     instances = instances[instances.scores >= args.confidence_threshold]
     picture = draw_pair(
-        image[:, :, ::-1],
+        image,
         None if args.no_ground_truth else record.get("annotations"),
         instances,
         metadata,
@@ -333,15 +277,15 @@ def main(argv: list[str] | None = None) -> None:
         check_registered(args.dataset, "--dataset")
         records = load_dataset(args.dataset)
         metadata = MetadataCatalog.get(args.dataset)
-        number = args.num_images or 12
+        num_images = args.num_images or 12
     else:
-        records = [{"file_name": x} for x in find_images(args.input)]
+        records = [{"file_name": x} for x in find_files(args.input, IMAGE_TYPES)]
         metadata = find_metadata(cfg)
-        number = args.num_images
+        num_images = args.num_images
     folder = args.output or os.path.join(cfg.OUTPUT_DIR, "pictures", args.dataset or "")
     predictor = build_predictor(cfg)
     make_folder(folder, records)
-    records = spread(records, number)
+    records = spread(records, num_images)
     drawn, skipped, num_predictions = draw_all(records, predictor, metadata, folder, args)
     if not drawn:
         raise UserError(f"none of the {skipped} images could be drawn, see the lines above")

@@ -55,9 +55,8 @@ def find_files(words: Sequence[str], types: Sequence[str] = IMAGE_TYPES + VIDEO_
             found = [os.path.join(path, x) for x in sorted(os.listdir(path))]
             found = [x for x in found if x.lower().endswith(tuple(types)) and os.path.isfile(x)]
             if not found:
-                raise UserError(
-                    f"{word}: nothing to predict on in this folder ({', '.join(types)})"
-                )
+                kinds = "images" if set(types) <= set(IMAGE_TYPES) else "images or videos"
+                raise UserError(f"{word}: no {kinds} in this folder ({', '.join(types)})")
         elif os.path.isfile(path):
             found = [path]
         else:
@@ -148,7 +147,7 @@ def read_frames(
                     yield Frame(index, file_name, image, video=path, fps=fps)
                     index += 1
             else:
-                image = _read_image(path, record)
+                image = read_rgb(path, record)
                 yield Frame(index, name, image, record if "image_id" in record else None)
                 index += 1
         except UserError as e:
@@ -173,7 +172,16 @@ def batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:
     yield from waiting.values()
 
 
-def _read_image(path: str, record: dict) -> np.ndarray:
+def read_rgb(path: str, record: dict) -> np.ndarray:
+    """
+    An image as Detectron2 reads it: (H, W, 3) uint8, turned as its EXIF data say.
+
+    Args:
+        record: its dataset dict; if that knows the size of the image, it has to be so.
+
+    Raises:
+        UserError: it cannot be read, or has another size.
+    """
     try:
         image = read_image(path, format="RGB")
         check_image_size(dict(record), image)

@@ -47,7 +47,7 @@ def test_words_that_stand_for_nothing(tmp_path):
     with pytest.raises(UserError, match="no such"):
         find_files([str(tmp_path / "*.png")])
     (tmp_path / "void").mkdir()
-    with pytest.raises(UserError, match="nothing to predict on"):
+    with pytest.raises(UserError, match="no images or videos in this folder"):
         find_files([str(tmp_path / "void")])
 
 

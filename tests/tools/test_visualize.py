@@ -237,7 +237,7 @@ def test_an_output_that_is_a_file(error, tmp_path):
 def test_impossible_scales(tool, scale, capsys):
     with pytest.raises(SystemExit):
         tool.get_parser().parse_args(["--config-file", "x", "--input", "y", "--scale", scale])
-    assert "must be auto or a number > 0" in capsys.readouterr().err
+    assert f"{scale}: must be a number from 0.01 to 100" in capsys.readouterr().err
 
 
 def test_spread(tool):
