@@ -101,7 +101,9 @@ def evaluate(cfg: CfgNode, resume: bool):
         return results
 
     model = CBBLTrainer.build_model(cfg)
-    return evaluate_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume, test)
+    return evaluate_weights(
+        model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume, test, cfg.DATASETS.TEST
+    )
 
 
 @one_line_errors

@@ -412,7 +412,10 @@ def _draw_labels(
     """Place the labels one after the other, those of the smallest objects first."""
     canvas = visualizer.output
     renderer = canvas.canvas.get_renderer()
-    font_size = max(7.5, min(canvas.height, canvas.width) / 90)  # points
+    # In points. On a large image with many small objects the labels must not bury these.
+    sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    usual = np.median(sides) if len(sides) else 0
+    font_size = max(7.5, min(canvas.height / 90, canvas.width / 90, usual / 4))
     taken = np.zeros((0, 4))
     areas = np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
     for i in np.argsort(areas, kind="stable"):

@@ -67,7 +67,7 @@ from cbbl_d2.inference.writers import (
     write_json,
     write_yolo,
 )
-from cbbl_d2.messages import count
+from cbbl_d2.messages import count, listed
 from cbbl_d2.visualization import (
     ClassStyle,
     draw_boxes,
@@ -197,6 +197,11 @@ def build_predictor(cfg: CfgNode, args: argparse.Namespace) -> Callable:
             "docs/large_images.md, or pip install -e '.[sahi]'"
         ) from e
     short_side = cfg.INPUT.MIN_SIZE_TEST
+    if short_side == 0 and not args.no_whole_image:
+        print(
+            "--slice with INPUT.MIN_SIZE_TEST 0: the whole image is predicted on at its full size, "
+            "too, which takes its memory; --no-whole-image leaves that out"
+        )
     if 0 < short_side < args.slice:
         print(
             f"--slice {args.slice}: the config shrinks each slice to {short_side} pixels; "
@@ -345,6 +350,10 @@ def make_folder(folder: str, files: list[str]) -> None:
         raise UserError(f"{folder}: cannot be made a folder ({e.strerror})") from e
 
 
+def _has_files(folder: str) -> bool:
+    return os.path.isdir(folder) and any(os.scandir(folder))
+
+
 def write_files(
     folder: str, formats: list[str], results: list[ImageResult], classes: Classes
 ) -> None:
@@ -387,6 +396,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output or os.path.join(os.path.dirname(args.weights), "predictions")
     predictor = build_predictor(cfg, args)
     make_folder(folder, files)
+    left = [x for x in ("pictures", "videos", "yolo/labels") if _has_files(f"{folder}/{x}")]
+    if left:
+        print(
+            f"{folder}: {listed(left)} {'has' if len(left) == 1 else 'have'} files of an earlier "
+            "prediction, which stay unless this one writes files of the same names"
+        )
 
     evaluator = None
     if args.dataset is not None:

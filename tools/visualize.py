@@ -107,6 +107,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
     register_from_config(cfg)
+    if args.dataset is not None:
+        check_registered(args.dataset, "--dataset")
+        cfg.DATASETS.TEST = (args.dataset,)
     set_num_classes(cfg, eval_only=True)
     cfg.freeze()
     return cfg
@@ -274,7 +277,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     if args.dataset is not None:
-        check_registered(args.dataset, "--dataset")
         records = load_dataset(args.dataset)
         metadata = MetadataCatalog.get(args.dataset)
         num_images = args.num_images or 12

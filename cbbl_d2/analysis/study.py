@@ -98,6 +98,8 @@ class Run:
         return {**results, "time": times[len(times) // 2]} if times else results
 
     def _lines(self) -> List[Dict]:
+        if self.test_set:  # where train_net.py --eval-only writes
+            return read_metrics(os.path.join(self.folder, "inference"))
         return read_metrics(self.folder)
 
 

@@ -128,8 +128,9 @@ def paste_copies(
 ) -> tuple[list[dict], list[tuple[int, int, int, int, int, int]]]:
     """
     Copies of small objects at free places: a copy, with a little background around it, touches no
-    other box, so that nothing is covered. Objects that another box overlaps are not copied: a part
-    of the neighbour would come along without a box. Where there is no room, fewer are made.
+    other box, so that nothing is covered. Not copied are objects that another box overlaps, because
+    a part of the neighbour would come along without a box, and those that reach over the edge of
+    the image, of which a part is missing. Where there is no room, fewer are made.
 
     Args:
         annotations: Detectron2's, of one image.
@@ -145,6 +146,8 @@ def paste_copies(
     sources = []
     for annotation in _small(annotations, max_size):
         box = _box(annotation)
+        if (box[:2] < 0).any() or (box[2:] > (width, height)).any():
+            continue
         low = np.maximum(np.floor(box[:2]).astype(int) - _MARGIN, 0)
         high = np.minimum(np.ceil(box[2:]).astype(int) + _MARGIN, (width, height))
         if _overlaps((*low, *high), taken).sum() == 1:  # its own box

@@ -70,7 +70,8 @@ def one_line_errors(main: Callable) -> Callable:
     """
     Decorator for the ``main`` of a script: a :class:`UserError` is printed as ``error: ...``
     without a traceback and ends the program with exit status 1, Ctrl-C as ``interrupted`` with
-    130. Other exceptions are bugs and keep their traceback.
+    130. A reader that wants no more of the output (``| head``) ends it without a word. Other
+    exceptions are bugs and keep their traceback.
     """
 
     @functools.wraps(main)
@@ -83,6 +84,10 @@ def one_line_errors(main: Callable) -> Callable:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            # Python flushes stdout once more at the end: let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     return wrapped
 

@@ -421,7 +421,7 @@ def main(args: argparse.Namespace) -> Any:
 def evaluate(lazy: DictConfig, resume: bool = False) -> dict[str, Any]:
     """
     Evaluate ``train.init_checkpoint``, or the last checkpoint in ``train.output_dir`` with
-    ``resume``. The numbers are added to ``metrics.json``.
+    ``resume``. The numbers are added to ``inference/metrics.json``.
 
     Raises:
         UserError: the weights cannot be read or lack a weight of the model.
@@ -433,4 +433,5 @@ def evaluate(lazy: DictConfig, resume: bool = False) -> dict[str, Any]:
         train.output_dir,
         resume,
         lambda model: do_test(lazy, model),
+        _shared_config(lazy).DATASETS.TEST,
     )

@@ -100,6 +100,12 @@ class CBBLTrainer(DefaultTrainer):
         super().resume_or_load(resume)
 
     def train(self):
+        if self.cfg.SOLVER.WARMUP_ITERS >= self.max_iter:
+            logger.warning(
+                f"SOLVER.WARMUP_ITERS {self.cfg.SOLVER.WARMUP_ITERS} is not less than "
+                f"SOLVER.MAX_ITER {self.max_iter}: the learning rate never reaches SOLVER.BASE_LR, "
+                "and little is learnt; for a short trial lower WARMUP_ITERS, too"
+            )
         if self.start_iter < self.max_iter:
             return super().train()
         # Resumed after its last iteration; its evaluation may not have been finished.

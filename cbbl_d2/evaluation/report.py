@@ -104,7 +104,7 @@ def write_pr_curves(
         heading += f": the lowest {_MAX_CLASS_CURVES} of {len(classes)}"
         classes = {name: classes[name] for name in lowest[:_MAX_CLASS_CURVES]}
 
-    figure = Figure(figsize=(13.5, 4.2))
+    figure = Figure(figsize=(13.5, 5.2))
     FigureCanvasAgg(figure)
     panels = {"all objects": by_iou, f"by size, {first_iou}": by_size, heading: classes}
     for axis, (panel, curves) in zip(figure.subplots(1, 3), panels.items()):
@@ -120,7 +120,8 @@ def write_pr_curves(
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         if axis.lines:
-            axis.legend(fontsize=8, loc="lower left")
+            # Below the panel: inside, it would hide the curves of one detector or another.
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.axes[0].set_ylabel("precision")
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from cbbl_d2.data.class_names import CLASSES_NAME
+from cbbl_d2.data.class_names import check_class_names, class_names_beside, read_class_names
 from cbbl_d2.data.dataset_checks import node_with_num_classes
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
@@ -55,7 +55,7 @@ def find_classes(
 
     Raises:
         UserError: the names given, or those in ``classes.txt``, are too many, too few or twice the
-            same; or the classes of ``dataset`` are not those of the model.
+            same; or the classes of ``dataset`` are not those of the model, or in another order.
     """
     node = node_with_num_classes(cfg)
     number = cfg.MODEL[node].NUM_CLASSES if node else None
@@ -63,11 +63,11 @@ def find_classes(
     if given:
         names, source = list(given), "--class-names"
         if len(given) == 1 and os.path.isfile(given[0]):
-            names, source = _read_lines(given[0]), given[0]
+            names, source = read_class_names(given[0]), given[0]
     else:
-        path = os.path.join(os.path.dirname(cfg.MODEL.WEIGHTS), CLASSES_NAME)
-        if "://" not in path and os.path.isfile(path):
-            names, source = _read_lines(path), path
+        beside = class_names_beside(cfg.MODEL.WEIGHTS)
+        if beside is not None:
+            names, source = read_class_names(beside), beside
     if names is not None:
         if number is not None and len(names) != number:
             raise UserError(
@@ -92,6 +92,8 @@ def find_classes(
             )
         if names is None:
             return Classes(tuple(classes), ids, f"data set {name}", MetadataCatalog.get(name))
+        if dataset and not given:
+            check_class_names(source, name, classes)
         # Names of one's own, but the category ids that the annotation files have.
         return Classes(tuple(names), ids, source, _metadata(names))
     if names is None:
@@ -123,11 +125,3 @@ def _of_dataset(name: str) -> tuple[list[str], tuple[int, ...]] | None:
 def _metadata(names: Sequence[str]) -> Metadata:
     metadata = Metadata()
     return metadata.set(thing_classes=list(names))
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: must be a text file with one class name in each line") from e

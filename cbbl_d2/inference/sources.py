@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 from detectron2.data.detection_utils import check_image_size, read_image
+from PIL import Image
 
+from cbbl_d2.data.broken_images import is_too_deep, why_broken
 from cbbl_d2.errors import UserError
 
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -180,14 +182,20 @@ def read_rgb(path: str, record: dict) -> np.ndarray:
         record: its dataset dict; if that knows the size of the image, it has to be so.
 
     Raises:
-        UserError: it cannot be read, or has another size.
+        UserError: it cannot be read, has another size, or more than 8 bits.
     """
     try:
         image = read_image(path, format="RGB")
         check_image_size(dict(record), image)
+        with Image.open(path) as file:
+            too_deep = is_too_deep(file)
     except Exception as e:  # a damaged file can make a decoder raise anything
-        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        raise UserError(f"{path}: {' '.join(reason.split())}") from e
+        reason = why_broken(e, path) or " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{path}: {reason}") from e
+    if too_deep:
+        raise UserError(
+            f"{path}: has values over 255, which would be read as white: convert it to 8 bits"
+        )
     return image
 
 

@@ -90,6 +90,11 @@ def test_nothing_to_copy_or_no_room(annotations):
     assert paste_copies(annotations, SIZE, 5, 32) == ([], [])
 
 
+@pytest.mark.parametrize("box", ([-3, 40, 10, 56], [112, 40, 121.5, 50], [9, 84, 15, 90.5]))
+def test_objects_that_the_edge_of_the_image_cuts_are_not_copied(box):
+    assert paste_copies([annotation(box)], SIZE, 5, 32) == ([], [])
+
+
 def test_boxes_may_be_written_with_width_and_height():
     np.random.seed(0)
     expected = paste_copies([annotation([10, 10, 18, 20])], SIZE, 3, 32)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -72,3 +75,24 @@ def test_one_line_errors(capsys):
 
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         fails(ZeroDivisionError())
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As ``python tools/compare.py ... | head``."""
+    program = """
+from cbbl_d2.engine import one_line_errors
+
+@one_line_errors
+def main():
+    for _ in range(100000):
+        print("a line of a table")
+
+main()
+"""
+    first = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    first.stdout.readline()
+    first.stdout.close()
+    assert first.stderr.read() == b""
+    assert first.wait(60) == 1

@@ -261,6 +261,15 @@ def test_resuming_a_finished_run_only_evaluates(tiny_cfg, tmp_path):
     assert (tmp_path / "run" / "metrics.json").read_text().count("\n") == rows + 2
 
 
+def test_a_warm_up_as_long_as_the_training_warns(tiny_cfg, tmp_path, caplog):
+    tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0])
+    train(tiny_cfg, tmp_path / "run")
+    assert "WARMUP_ITERS" not in caplog.text
+    tiny_cfg.SOLVER.WARMUP_ITERS = 1
+    train(tiny_cfg, tmp_path / "run")
+    assert "SOLVER.WARMUP_ITERS 1 is not less than SOLVER.MAX_ITER 1" in caplog.text
+
+
 def test_resume_without_a_checkpoint_warns(tiny_cfg, tmp_path, caplog):
     tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 1])
     tiny_cfg.DATASETS.TEST = ()

@@ -17,8 +17,8 @@ def _train(cfg):
     trainer.train()
 
 
-def _last_metrics(cfg):
-    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as f:
+def _last_metrics(cfg, folder="."):
+    with open(f"{cfg.OUTPUT_DIR}/{folder}/metrics.json") as f:
         return json.loads(f.readlines()[-1])
 
 
@@ -63,6 +63,7 @@ def test_both_evaluations_are_logged_after_training_and_with_eval_only(augmented
 
     augmented_cfg.MODEL.WEIGHTS = f"{augmented_cfg.OUTPUT_DIR}/model_final.pth"
     train_net.evaluate(augmented_cfg, resume=False)
-    alone = _last_metrics(augmented_cfg)
+    alone = _last_metrics(augmented_cfg, "inference")
+    assert _last_metrics(augmented_cfg) == after_training  # that of the training is left alone
     for key in plain | augmented:
         assert repr(alone[key]) == repr(after_training[key]), key  # NaN equals NaN

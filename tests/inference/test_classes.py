@@ -104,3 +104,16 @@ def test_names_that_a_training_leaves_beside_its_checkpoints(cfg, tmp_path):
     classes = find_classes(cfg)
     assert classes.names == ("röd cell", "2")
     assert classes.source == str(tmp_path / "classes.txt")
+
+
+def test_a_data_set_with_the_classes_in_another_order_is_refused(cfg, dataset, tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert find_classes(cfg, dataset=dataset).ids == (3, 7)
+    (tmp_path / "classes.txt").write_text("b\na\n")
+    with pytest.raises(UserError, match=f"{dataset} has its classes in another order .a, b.* b, a"):
+        find_classes(cfg, dataset=dataset)
+    assert find_classes(cfg, ["x", "y"], dataset).names == ("x", "y")  # the user knows better
+    assert not caplog.records
+    (tmp_path / "classes.txt").write_text("a\nc\n")
+    assert find_classes(cfg, dataset=dataset).names == ("a", "c")
+    assert "other names" in caplog.text

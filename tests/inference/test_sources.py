@@ -134,3 +134,19 @@ def test_batches_are_of_one_size_and_lose_nothing(batch_size):
     for size in set(sizes):
         indices = [f.index for f in given if f.image.shape[:2] == size]
         assert indices == sorted(indices)
+
+
+def test_images_of_more_than_8_bits_are_skipped(tmp_path):
+    """Detectron2 reads every value over 255 as white; a file of no bytes is no image at all."""
+    deep, shallow, empty = (tmp_path / x for x in ("deep.tif", "shallow.tif", "empty.png"))
+    values = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
+    Image.fromarray(values * 100).save(deep)
+    Image.fromarray(values % 256).save(shallow)  # 16 bits in the file, 8 of them used
+    empty.write_bytes(b"")
+    frames, skipped = read([deep, shallow, empty])
+    assert [f.file_name for f in frames] == ["shallow.tif"]
+    assert (frames[0].image[:, :, 0] == values % 256).all()
+    assert skipped == [
+        f"{deep}: has values over 255, which would be read as white: convert it to 8 bits",
+        f"{empty}: not an image",
+    ]

@@ -283,3 +283,13 @@ def test_impossible_options(tool, capsys, option, value):
     with pytest.raises(SystemExit):
         tool.get_parser().parse_args(["--weights", "x", "--input", "y", option, value])
     assert f"{value}: must be" in capsys.readouterr().err
+
+
+def test_files_of_an_earlier_prediction_are_said(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    out = run("--input", tmp_path / "in/a.png", "--formats", "yolo")
+    assert "earlier prediction" not in capsys.readouterr().out
+    make_image(tmp_path / "in/b.png")
+    run("--input", tmp_path / "in/b.png", "--formats", "yolo")
+    assert f"{out}: yolo/labels has files of an earlier prediction" in capsys.readouterr().out
+    assert sorted(x.name for x in (out / "yolo/labels").iterdir()) == ["a.txt", "b.txt"]

@@ -278,3 +278,11 @@ def test_a_hint_where_nothing_is_found(run, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "red.png"), np.zeros((40, 40, 3), np.uint8))
     run("--input", tmp_path / "red.png", "--score-threshold", "1")
     assert "No prediction has a score of 1 or more" in capsys.readouterr().out
+
+
+def test_the_number_of_classes_of_the_data_set_to_draw(run, dataset, tmp_path, caplog):
+    """Not of the config's own test set, whose files need not be there."""
+    name = dataset([make_image(tmp_path / "in/a.png")])
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "0", "DATASETS.TEST", "('nowhere',)"]
+    run("--dataset", name, opts=opts)
+    assert "a.png" in pictures(tmp_path / "out")
