@@ -127,7 +127,10 @@ def test_config_builds_and_takes_a_training_step(name):
 
     agnostic = cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
     for layer, num_points in localisation_layers(cfg, model):
-        assert torch.isfinite(layer.weight.grad).all() and layer.weight.grad.abs().max() > 0
+        # The weights to start from are to know nothing of what is compared later.
+        learns = name != "SmallShapes/pretrain" or not isinstance(layer, torch.nn.Linear)
+        assert torch.isfinite(layer.weight.grad).all()
+        assert (layer.weight.grad.abs().max() > 0) == learns
         if isinstance(layer, torch.nn.Linear):
             num_boxes = 1 if agnostic else cfg.MODEL.ROI_HEADS.NUM_CLASSES
         elif "FCOS" in cfg.MODEL.META_ARCHITECTURE:
