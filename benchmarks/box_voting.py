@@ -19,20 +19,17 @@ from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.modeling import CBBLBox2BoxTransform
+from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
 
 METRICS = ("AP", "AP50", "AP75", "APvs")
 
 
-def vote(predictor: FastRCNNOutputLayers, predictions, proposals, results, sigma, by_variance):
-    """Let the candidates vote on the boxes of ``results``, in place."""
+def vote(predictor: FastRCNNOutputLayers, predictions, proposals, results, sigma):
+    """Let the candidates vote on the boxes of ``results``, in place, all variances being equal."""
     scores = predictor.predict_probs(predictions, proposals)
     boxes = predictor.predict_boxes(predictions, proposals)
-    sizes = [len(p) for p in proposals]
-    for result, scores_i, boxes_i, logits_i, p in zip(
-        results, scores, boxes, predictions[1].split(sizes), proposals
-    ):
+    for result, scores_i, boxes_i in zip(results, scores, boxes):
         region, class_ = torch.nonzero(
             scores_i[:, :-1] > predictor.test_score_thresh, as_tuple=True
         )
@@ -40,11 +37,6 @@ def vote(predictor: FastRCNNOutputLayers, predictions, proposals, results, sigma
         candidates = candidates[region, class_ if candidates.shape[1] > 1 else 0]
         clipped = Boxes(candidates)
         clipped.clip(result.image_size)
-        variances = torch.ones_like(candidates)
-        if by_variance:
-            variances = predictor.box2box_transform.side_variances(
-                logits_i[region], p.proposal_boxes.tensor[region]
-            )
         result.pred_boxes = Boxes(
             variance_voting(
                 result.pred_boxes.tensor,
@@ -52,7 +44,7 @@ def vote(predictor: FastRCNNOutputLayers, predictions, proposals, results, sigma
                 clipped.tensor,
                 class_,
                 scores_i[region, class_],
-                variances.clamp(min=1e-4),
+                torch.ones_like(candidates),
                 sigma,
             )
         )
@@ -78,18 +70,19 @@ def main() -> None:
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
     if not isinstance(predictor, FastRCNNOutputLayers):
         raise UserError(f"{args.config_file}: no Faster R-CNN")
-    agnostic = cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
-    knows_variances = isinstance(predictor.box2box_transform, CBBLBox2BoxTransform) and agnostic
+    knows_variances = isinstance(predictor, CBBLFastRCNNOutputLayers)
     plain = predictor.inference
 
     def evaluate(sigma: float, by_variance: bool):
         def inference(predictions, proposals):
             results, kept = plain(predictions, proposals)
-            if sigma > 0:
-                vote(predictor, predictions, proposals, results, sigma, by_variance)
+            if sigma > 0 and not by_variance:
+                vote(predictor, predictions, proposals, results, sigma)
             return results, kept
 
         predictor.inference = inference
+        if knows_variances:
+            predictor.voting_sigma = sigma if by_variance else 0.0
         return CBBLTrainer.test(cfg, model)["bbox"]
 
     rows = [("no voting", evaluate(0.0, False))]

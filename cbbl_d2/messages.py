@@ -25,6 +25,12 @@ def short(value: Any) -> str:
     return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 3] + "..."
 
 
+def plot_text(text: str) -> str:
+    """A name as matplotlib shows it unchanged: "$" would start a formula, and in a legend a name
+    that begins with "_" is left out."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def explain_json_error(error: json.JSONDecodeError) -> str:
     """What is wrong with a text that should be JSON, and where."""
     return f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})"

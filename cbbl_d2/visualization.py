@@ -23,6 +23,7 @@ from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.patheffects import withStroke
 
 from .errors import UserError
+from .messages import plot_text
 
 __all__ = [
     "ClassStyle",
@@ -420,7 +421,7 @@ def _draw_labels(
     areas = np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
     for i in np.argsort(areas, kind="stable"):
         visualizer.draw_text(
-            _literal(labels[i]),
+            plot_text(labels[i]),
             (0, 0),
             font_size=font_size,
             color=_lighten(colors[i]),
@@ -493,11 +494,6 @@ def _lighten(color: tuple[float, float, float]) -> tuple[float, float, float]:
     return colorsys.hls_to_rgb(hue, max(lightness, 0.7), saturation)
 
 
-def _literal(text: str) -> str:
-    """Names are shown as they are: matplotlib would take "$" for the start of a formula."""
-    return text.replace("$", r"\$")
-
-
 # -- captions --------------------------------------------------------------------------------------
 
 
@@ -534,7 +530,7 @@ def _write_line(strip: VisImage, words: Sequence[_Word], y: float, unit: float) 
 
     def write(text: str, color, weight: str = "normal"):
         drawn = strip.ax.text(
-            x, y, _literal(text), size=9.5 * unit, color=color, weight=weight, va="center"
+            x, y, plot_text(text), size=9.5 * unit, color=color, weight=weight, va="center"
         )
         return drawn, drawn.get_window_extent(renderer).width
 

@@ -38,6 +38,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 
+# It depends on the machine: a table may be made on another one than the trainings.
+NO_SETTING = ("MODEL.DEVICE",)
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_net.py")
 
 
@@ -67,7 +69,9 @@ def check_unchanged(run: Run) -> None:
     now, defaults = flat_settings(run.settings), flat_settings(default_config().dump())
     # A key that is younger than the training acted as its default does.
     changed = [
-        f"{key} {value}" for key, value in now.items() if before.get(key, defaults[key]) != value
+        f"{key} {value}"
+        for key, value in now.items()
+        if key not in NO_SETTING and before.get(key, defaults[key]) != value
     ]
     if changed:
         raise UserError(

@@ -189,7 +189,9 @@ def _pieces(pieces: list[dict], annotations: list[dict], min_area_ratio: float) 
         original = annotations[piece["category_id"] - 1]
         _, _, width, height = original["bbox"]
         share = float(np.prod(piece["bbox"][2:])) / (width * height) if piece["bbox"] else 0.0
-        if share == 0 or share < min_area_ratio:
+        # Of a crowd, a region to ignore, every piece counts: it may be larger than a slice.
+        is_crowd = bool(original.get("iscrowd", 0))
+        if share == 0 or (share < min_area_ratio and not is_crowd):
             continue
         area = original.get("area")
         result.append(

@@ -126,13 +126,19 @@ def read_training(folder: str, label: str | None = None) -> Training:
         rows.setdefault(iteration, {}).update(numbers)
     if not rows:
         raise UserError(f"{folder}/metrics.json: has no line with an iteration: not of a training")
-    return Training(
+    training = Training(
         label=label or os.path.basename(os.path.abspath(folder)),
         folder=folder,
         rows=dict(sorted(rows.items())),
         settings=_read_settings(os.path.join(folder, "config.yaml")),
         is_finished=os.path.isfile(os.path.join(folder, "model_final.pth")),
     )
+    # The last checkpoint may be that of an earlier training. (Of a config that Detectron2 scales,
+    # the file has the number of iterations before scaling.)
+    is_scaled = training.settings.get("SOLVER.REFERENCE_WORLD_SIZE", 0) != 0
+    if not is_scaled and training.last_iteration < (training.max_iter or 0):
+        training = dataclasses.replace(training, is_finished=False)
+    return training
 
 
 def differing_keys(trainings: Sequence[Training]) -> dict[str, list[str]]:
@@ -261,7 +267,7 @@ def _labels(folders: Sequence[str]) -> list[str]:
 def _read_settings(path: str) -> dict[str, object]:
     try:
         with open(path) as f:
-            content = yaml.safe_load(f)
+            content = yaml.load(f, _ConfigLoader)
     except FileNotFoundError:
         return {}
     except yaml.YAMLError as e:
@@ -269,6 +275,19 @@ def _read_settings(path: str) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the config of a training: must be a mapping")
     return _flat(content)
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """
+    Reads what a Lazy config writes as well: Python objects in it, such as a ``ShapeSpec``, become
+    text, and none is made.
+    """
+
+    def text(self, suffix: str, node: yaml.Node) -> str:
+        return f"{suffix} {node.value if isinstance(node, yaml.ScalarNode) else ''}".strip()
+
+
+_ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", _ConfigLoader.text)
 
 
 def _flat(node: dict, prefix: str = "") -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The localisation gradients of the runs of a study, by object size, early and late in training."""
 
 import math
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
         ``seeds`` (how many), and for ``early`` and ``late`` (first and last quarter of the
         iterations) ``{part} mean``, ``{part} total_variance`` and
         ``{part} relative_total_variance``; ``ratio``: by how much the late total variance is below
-        that of the run's baseline, or NaN.
+        that of the run's baseline, over the seeds that both have, or NaN.
 
     Raises:
         UserError: no run has logged gradients of this head.
@@ -35,22 +35,36 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
     rows = []
     for name in study.names:
         for size in SIZES:
-            by_seed = [_of_run(r, f"gradients/{head}/{size}") for r in study.runs if r.name == name]
-            by_seed = [values for values in by_seed if values]
+            by_seed = _by_seed(study, name, f"gradients/{head}/{size}")
             if by_seed:
-                means = {key: float(np.mean([v[key] for v in by_seed])) for key in by_seed[0]}
-                rows.append({"name": name, "size": size, "seeds": len(by_seed), **means})
+                row = {"name": name, "size": size, "seeds": len(by_seed), **_mean(by_seed)}
+                others = _by_seed(study, study.baselines.get(name), f"gradients/{head}/{size}")
+                both = by_seed.keys() & others.keys()
+                row["ratio"] = math.nan
+                if both:
+                    mine, other = (
+                        _mean({seed: x[seed] for seed in both})["late total_variance"]
+                        for x in (by_seed, others)
+                    )
+                    row["ratio"] = other / mine if mine > 0 else math.nan
+                rows.append(row)
     if not rows:
         raise UserError(
             f"{study.output}: no run has logged gradients of the head {head}: train with "
             "SOLVER.GRADIENT_STATS_PERIOD 20 among the overrides of the study"
         )
-    late = {(row["name"], row["size"]): row["late total_variance"] for row in rows}
-    for row in rows:
-        baseline = late.get((study.baselines.get(row["name"]), row["size"]), math.nan)
-        own = row["late total_variance"]
-        row["ratio"] = baseline / own if own > 0 else math.nan
     return rows
+
+
+def _by_seed(study: Study, name: Optional[str], prefix: str) -> Dict[int, Dict[str, float]]:
+    """Of the runs of this name that have logged gradients."""
+    found = {run.seed: _of_run(run, prefix) for run in study.runs if run.name == name}
+    return {seed: values for seed, values in found.items() if values}
+
+
+def _mean(by_seed: Dict[int, Dict[str, float]]) -> Dict[str, float]:
+    values = list(by_seed.values())
+    return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
 
 
 def _of_run(run: Run, prefix: str) -> Dict[str, float]:

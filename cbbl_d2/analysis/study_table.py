@@ -1,12 +1,16 @@
 """Tables and plots of a study: mean, spread, and paired differences to a baseline."""
 
 import csv
+import difflib
 import io
 import itertools
 import math
 from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.messages import listed
 
 from .study import Study
 
@@ -47,8 +51,18 @@ def summarize(study: Study) -> List[Dict]:
       seed, over the seeds that both have finished) and, for two seeds or more, ``M low`` and
       ``M high`` (bootstrap interval);
     * ``time``: median over the seeds of the median seconds of an iteration.
+
+    Raises:
+        UserError: a metric that no run has.
     """
     results = {(run.name, run.seed): run.results() for run in study.runs}
+    known = {key for r in results.values() if r is not None for key in r if "/" in key}
+    for metric in study.metrics:
+        if known and metric not in known:
+            near = difflib.get_close_matches(metric, sorted(known), n=3, cutoff=0.3)
+            raise UserError(
+                f"{study.output}: no run has the metric {metric}; there are {listed(near or known)}"
+            )
     rows = []
     for name in study.names:
         mine = {seed: r for (n, seed), r in results.items() if n == name and r is not None}

@@ -60,6 +60,8 @@ class EvaluationRules:
     """Added to the results; one whose name COCO has, too (APs), takes its place."""
     max_detections: int | None = None
     """The best so many detections of an image and class count. None: as for any data set."""
+    max_detections_of_image: int | None = None
+    """The best so many detections of an image count, all classes together. None: no limit."""
     ignored_region_share: float | None = None
     """Detections with at least this share of their area in the union of the ``ignored_regions`` of
     their image (boxes in its entry of the COCO file) are dropped before anything is counted."""

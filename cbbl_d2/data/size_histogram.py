@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cbbl_d2.messages import plot_text
+
 __all__ = ["count_sizes", "format_sizes", "plot_sizes", "share_below"]
 
 # Pixels. 16: APvs of this project; 32 and 96: COCO's small, medium and large.
@@ -84,8 +86,7 @@ def plot_sizes(
             bins=bins,
             stacked=True,
             color=colors,
-            # A dollar sign would start a formula, and a name with _ in front is left out.
-            label=[f"\u200b{group}".replace("$", r"\$") for group, _ in groups],
+            label=[plot_text(group) for group, _ in groups],
         )
         for limit in (16, 32, 96):
             if bins[0] < limit < bins[-1]:
@@ -108,5 +109,5 @@ def plot_sizes(
             label="anchors of the config",
         )
     axes[-1].legend(fontsize=9)
-    figure.suptitle(f"{title}   (dotted: 16, 32, 96 px)".replace("$", r"\$"))
+    figure.suptitle(plot_text(f"{title}   (dotted: 16, 32, 96 px)"))
     figure.savefig(path, dpi=120, format="png")

@@ -72,6 +72,7 @@ _FOLDER = "VisDrone"
 
 # An object or a detection with this share of its area in ignored regions does not count.
 _IGNORED_SHARE = 0.5
+_MAX_DETECTIONS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +247,11 @@ for _split, _archive in VISDRONE_FOLDERS.items():
         folder=_FOLDER,
         split=_split,
         classes=VISDRONE_CLASSES,
-        rules=EvaluationRules(ignored_region_share=_IGNORED_SHARE),
+        rules=EvaluationRules(
+            max_detections=_MAX_DETECTIONS,
+            max_detections_of_image=_MAX_DETECTIONS,
+            ignored_region_share=_IGNORED_SHARE,
+        ),
         source=f"{_archive} from https://github.com/VisDrone/VisDrone-Dataset",
         command=f"visdrone --split {_split}",
     )

@@ -100,12 +100,6 @@ class CBBLTrainer(DefaultTrainer):
         super().resume_or_load(resume)
 
     def train(self):
-        if self.cfg.SOLVER.WARMUP_ITERS >= self.max_iter:
-            logger.warning(
-                f"SOLVER.WARMUP_ITERS {self.cfg.SOLVER.WARMUP_ITERS} is not less than "
-                f"SOLVER.MAX_ITER {self.max_iter}: the learning rate never reaches SOLVER.BASE_LR, "
-                "and little is learnt; for a short trial lower WARMUP_ITERS, too"
-            )
         if self.start_iter < self.max_iter:
             return super().train()
         # Resumed after its last iteration; its evaluation may not have been finished.
@@ -155,6 +149,16 @@ class CBBLTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+            logger.warning(
+                f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is not less than SOLVER.MAX_ITER "
+                f"{cfg.SOLVER.MAX_ITER}: the learning rate never reaches SOLVER.BASE_LR, and "
+                "little is learnt; for a short trial lower WARMUP_ITERS, too"
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):

@@ -63,7 +63,7 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
                 where nothing was predicted. The other arguments are those of
                 :class:`COCOEvaluator`.
             rules: of the benchmark; ``max_detections`` is not read here, it is
-                ``max_dets_per_image``.
+                ``max_dets_per_image`` of COCO's metric, which counts each class apart.
         """
         super().__init__(*args, **kwargs)
         self._expected_tasks = sorted(expected_tasks)
@@ -76,6 +76,12 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         share = self._rules.ignored_region_share
         if share is not None:
             predictions = _outside_ignored_regions(predictions, self._coco_api.imgs, share)
+        limit = self._rules.max_detections_of_image
+        if limit is not None:
+            predictions = [
+                dict(p, instances=_best(p["instances"], limit)) if "instances" in p else p
+                for p in predictions
+            ]
         super()._eval_predictions(predictions, *args, **kwargs)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
@@ -95,7 +101,10 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
             caption += " (the benchmark's, not COCO's of the table above)"
         self._logger.info(f"{caption}\n{create_small_table(columns)}")
         if self._output_dir:
-            self._write_report(coco_eval, precisions)
+            try:
+                self._write_report(coco_eval, precisions)
+            except OSError as e:  # the numbers are there, and a training may wait for them
+                self._logger.warning(f"no report in {self._output_dir}: {e}")
         return results
 
     def _write_report(self, coco_eval, by_size: dict[str, np.ndarray]) -> None:
@@ -107,7 +116,7 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         """
         name = self._metadata.name
         table, curves = (
-            os.path.join(self._output_dir, f"{name}_{what}")
+            os.path.join(self._output_dir, f"{name.replace(os.sep, '_')}_{what}")
             for what in ("per_class.csv", "pr_curves.png")
         )
         truth = self._coco_api
@@ -149,6 +158,10 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
                 **{label: areas[label][half] for label in ("small", "medium", "large")},
             },
         )
+
+
+def _best(instances: list[dict], number: int) -> list[dict]:
+    return sorted(instances, key=lambda x: x["score"], reverse=True)[:number]
 
 
 def _describe(metric: SizeMetric) -> str:

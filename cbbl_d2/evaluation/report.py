@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from cbbl_d2.files import atomic_write
+from cbbl_d2.messages import plot_text
 
 __all__ = ["average_precision", "count_objects", "write_per_class", "write_pr_curves"]
 
@@ -112,7 +113,7 @@ def write_pr_curves(
             # A class without objects is in no curve.
             precision = precision[:, (precision > -1).any(axis=0)]
             if precision.size:
-                label = f"{legend}: {average_precision(precision):.1f}"
+                label = plot_text(f"{legend}: {average_precision(precision):.1f}")
                 axis.plot(_RECALL, precision.mean(axis=1), label=label)
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel("recall")
@@ -123,7 +124,7 @@ def write_pr_curves(
             # Below the panel: inside, it would hide the curves of one detector or another.
             axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.axes[0].set_ylabel("precision")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plot_text(title), fontsize=11)
     figure.tight_layout()
     with atomic_write(path, "wb") as f:
         figure.savefig(f, dpi=100, format="png")

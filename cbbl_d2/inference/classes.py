@@ -91,11 +91,11 @@ def find_classes(
                 f"({listed(classes)}), but the model has {number}: choose another data set"
             )
         if names is None:
-            return Classes(tuple(classes), ids, f"data set {name}", MetadataCatalog.get(name))
-        if dataset and not given:
+            names, source = classes, f"data set {name}"
+        elif dataset and not given:
             check_class_names(source, name, classes)
-        # Names of one's own, but the category ids that the annotation files have.
-        return Classes(tuple(names), ids, source, _metadata(names))
+        # Maybe names of one's own, but what the data set knows besides them.
+        return Classes(tuple(names), ids, source, _metadata(names, MetadataCatalog.get(name)))
     if names is None:
         names = [f"class {i}" for i in range(number or 0)]
     return Classes(tuple(names), tuple(range(1, len(names) + 1)), source, _metadata(names))
@@ -122,6 +122,10 @@ def _of_dataset(name: str) -> tuple[list[str], tuple[int, ...]] | None:
     return names, tuple(int(to_id.get(i, i)) for i in range(len(names)))
 
 
-def _metadata(names: Sequence[str]) -> Metadata:
+def _metadata(names: Sequence[str], of_dataset: Metadata | None = None) -> Metadata:
     metadata = Metadata()
+    for key in ("keypoint_names", "keypoint_connection_rules", "thing_colors"):
+        value = None if of_dataset is None else of_dataset.get(key, None)
+        if value is not None:
+            metadata.set(**{key: value})
     return metadata.set(thing_classes=list(names))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from detectron2.config import LazyConfig
 
 from cbbl_d2.analysis.comparison import (
     as_markdown,
@@ -168,3 +169,24 @@ def test_the_tool(training, repository, tmp_path):
     failed = subprocess.run([*tool, "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr == "error: nowhere: no such folder: give the OUTPUT_DIR of a training\n"
+
+
+def test_configs_of_lazy_trainings(training, repository):
+    """Detectron2 writes Python objects into them; none is made when they are read."""
+    folders = []
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        folder = training(name, [loss(19, 1.0), evaluation(19, 50.0)])
+        lazy = LazyConfig.load(f"{repository}/configs/SmallShapes/cbbl_fcos.py")
+        lazy.optimizer.lr = lr
+        lazy.train.max_iter = 20
+        LazyConfig.save(lazy, f"{folder}/config.yaml")
+        folders.append(folder)
+    trainings = read_trainings(folders)
+    assert differing_keys(trainings) == {"optimizer.lr": ["0.1", "0.2"]}
+    assert cells(as_markdown(trainings), "a")[-1] == "20 of 20"
+
+
+def test_a_folder_that_is_trained_in_again_is_not_finished(training):
+    """The checkpoint in it is still that of the training before."""
+    (again,) = read_trainings([training("a", [loss(39, 1.0), loss(9, 3.0)], config(0.1))])
+    assert cells(as_markdown([again]), "a")[-1] == "10 of 40, not finished"

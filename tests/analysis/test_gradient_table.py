@@ -59,6 +59,15 @@ def test_first_and_last_quarter_are_averaged_over_iterations_and_seeds(study):
     assert "| 0-16px | stock | 0.5 | 0.5 | 30 | 12 | 0.40 |  | 0.75 | 2 |" in text
 
 
+def test_runs_are_compared_over_the_seeds_that_both_have(study):
+    stock_1, _, cbbl_1, cbbl_2 = study.runs
+    log(stock_1, lambda i: 8.0)
+    log(cbbl_1, lambda i: 2.0)
+    log(cbbl_2, lambda i: 100.0)
+    _, cbbl = summarize_gradients(study)
+    assert cbbl["late total_variance"] == 51 and cbbl["ratio"] == 4
+
+
 def test_a_run_without_gradients_has_no_row(study):
     with pytest.raises(UserError, match="SOLVER.GRADIENT_STATS_PERIOD 20"):
         summarize_gradients(study)

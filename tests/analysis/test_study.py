@@ -79,7 +79,7 @@ def test_table_of_canned_metrics(write_study):
 
 
 def test_only_seeds_that_both_have_are_compared(write_study):
-    study = load_study(write_study())
+    study = load_study(write_study(metrics=["bbox/AP"]))
     stock_1, stock_2, cbbl_1, cbbl_2 = study.runs
     finish(stock_1, 50.0)
     finish(cbbl_1, 51.0)
@@ -87,6 +87,17 @@ def test_only_seeds_that_both_have_are_compared(write_study):
     _, cbbl = summarize(study)
     assert cbbl["bbox/AP"] == 70.5 and cbbl["bbox/AP diff"] == 1.0
     assert "± " not in as_markdown(study, [summarize(study)[0]])  # one seed has no spread
+
+
+def test_a_metric_that_is_nowhere_is_named(write_study):
+    """A run that has found nothing has it, as NaN."""
+    study = load_study(write_study(metrics=["bbox/AP", "bbox/APvz"]))
+    assert summarize(study) == []
+    finish(study.runs[0], float("nan"), **{"bbox/APvs": float("nan")})
+    with pytest.raises(UserError, match="no run has the metric bbox/APvz; there are bbox/APvs"):
+        summarize(study)
+    study = load_study(write_study(metrics=["bbox/AP", "bbox/APvs"]))
+    assert "no detections" in as_markdown(study, summarize(study))
 
 
 def test_unfinished_runs_have_no_results(write_study):
@@ -186,10 +197,12 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
     with open(os.path.join(study_folder(path), "table.md")) as f:
         assert "| a |" in f.read()
 
-    # As before, where the config has got a new key since: it acted as its default does.
+    # As before, where the config has got a new key since: it acted as its default does. And on a
+    # machine of another kind.
     settings = os.path.join(run.folder, "study_config.yaml")
     with open(settings) as f:
         older = [line for line in f if "VOTING_SIGMA" not in line]
+        older = [line.replace("DEVICE: cpu", "DEVICE: cuda") for line in older]
     with open(settings, "w") as f:
         f.writelines(older)
 

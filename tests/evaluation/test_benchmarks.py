@@ -87,6 +87,14 @@ def test_visdrone_others_are_ignored_for_every_class(evaluate):
     assert result["AP"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("number, found", [(499, True), (500, False)])
+def test_visdrone_counts_500_detections_of_an_image(evaluate, number, found):
+    """Whatever the model's own limit is, and over all classes together."""
+    others = [([50 + i % 50, 20, 8, 8], 0.9, 2 + i % 9) for i in range(number)]
+    result = evaluate("visdrone_val", [OBJECT], [*others, (OBJECT, 0.5)])
+    assert result["AP50"] == pytest.approx(100 if found else 0)
+
+
 def test_visdrone_without_detections_outside_of_the_regions(evaluate):
     detections = [([120, 10, 20, 20], 0.9)]
     result = evaluate("visdrone_val", [OBJECT], detections, regions=REGIONS)

@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -144,6 +145,16 @@ def test_the_table_of_the_classes_and_the_curves_are_left_beside_the_predictions
     with open(tmp_path / "out" / f"{NAME}_per_class.csv") as f:
         rows = list(csv.DictReader(f))
     assert [row["objects"] for row in rows] == ["3", "1", "4"] and "AP" not in rows[0]
+
+
+def test_an_evaluation_is_not_lost_with_its_report(evaluate, tmp_path, monkeypatch, caplog):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(coco_module, "write_per_class", full_disk)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    assert evaluate([(LARGE, 0)], [(LARGE, 0, 0.9)])["AP"] == pytest.approx(100)
+    assert "no report in" in caplog.text and "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("limit, found", [(100, 0.0), (150, 100.0)])

@@ -117,3 +117,20 @@ def test_a_data_set_with_the_classes_in_another_order_is_refused(cfg, dataset, t
     (tmp_path / "classes.txt").write_text("a\nc\n")
     assert find_classes(cfg, dataset=dataset).names == ("a", "c")
     assert "other names" in caplog.text
+
+
+def test_names_and_keypoints_reach_pictures_and_files(cfg, dataset, tmp_path):
+    """With names beside the checkpoint or without, of a data set that is not loaded."""
+    MetadataCatalog.get(dataset).set(keypoint_names=["tip"])
+    cfg.DATASETS.TEST = (dataset,)
+    for beside in (False, True):
+        if beside:
+            (tmp_path / "classes.txt").write_text("a\nb\n")
+        classes = find_classes(cfg)
+        assert classes.metadata.thing_classes == ["a", "b"]
+        assert classes.categories()[0] == {
+            "id": 3,
+            "name": "a",
+            "keypoints": ["tip"],
+            "skeleton": [],
+        }

@@ -102,6 +102,14 @@ def test_crowd_regions_stay_crowd_regions(cut, image):
     assert [a["iscrowd"] for a in coco["annotations"]] == [1, 0]
 
 
+def test_a_crowd_region_larger_than_a_slice_stays_in_each(cut, image):
+    """A small share of it may fill the slice: what is found there must be ignored."""
+    region = {"bbox": [0, 0, 61, 40], "category_id": 3, "iscrowd": 1, "area": 61 * 40}
+    object_ = {"bbox": [5, 50, 9, 9], "category_id": 3}
+    pieces = cut([region, object_], "--min-area-ratio", 1.0)["annotations"]
+    assert sorted((a["image_id"], a["iscrowd"]) for a in pieces) == [(1, 0), (1, 1), (2, 1)]
+
+
 def test_the_result_is_a_data_set(cut, image, tmp_path):
     cut([{"bbox": [5, 5, 9, 9], "category_id": 3}, {"bbox": [70, 9, 9.5, 9], "category_id": 7}])
     out = tmp_path / "out"
