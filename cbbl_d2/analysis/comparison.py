@@ -233,9 +233,9 @@ def plot(trainings: Sequence[Training], path) -> None:
         axis.set_title(panel, fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlim(0, 1.03 * max(training.last_iteration for training in trainings) or 1)
-        # From 0 up, with room above the highest point.
-        tops = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
-        axis.set_ylim(0, 1.05 * max([0.0, *tops]) or 1)
+        top = max((y for x in axis.lines for y in x.get_ydata() if math.isfinite(y)), default=0)
+        if panel in losses or top == 0:
+            axis.set_ylim(0, 1.05 * top or 1)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
