@@ -121,6 +121,9 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     _C.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     _C.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Weight of the GIoU loss of ConfigurableFCOS; Detectron2's class has none. Of CBBLFCOS it is
+    # MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT.
+    _C.MODEL.FCOS.BBOX_REG_LOSS_WEIGHT = 1.0
     # On sqrt(class score * centerness)
     _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     _C.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
@@ -195,6 +198,9 @@ def check_cbbl_config(cfg: CN) -> None:
     )
     for key in ("UNCERTAINTY_WEIGHT", "GIOU_WEIGHT", "VOTING_SIGMA"):
         _require(key, c[key], _is_number(c[key]) and c[key] >= 0, "a number >= 0")
+    weight = cfg.MODEL.FCOS.BBOX_REG_LOSS_WEIGHT
+    if not (_is_number(weight) and weight >= 0):
+        raise ConfigError(f"MODEL.FCOS.BBOX_REG_LOSS_WEIGHT = {weight!r}: must be a number >= 0")
     for prefix, node in (
         ("", c),
         ("RPN.", c.RPN),

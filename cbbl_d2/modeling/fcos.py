@@ -47,12 +47,14 @@ class ConfigurableFCOS(FCOS):
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, *, box_reg_loss_weight: float = 1.0, **kwargs):
         """
         Args:
+            box_reg_loss_weight: of the localisation loss; Detectron2's class has no weight for it.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(**kwargs)
+        self.box_reg_loss_weight = box_reg_loss_weight
 
     @classmethod
     def from_config(cls, cfg):
@@ -78,6 +80,7 @@ class ConfigurableFCOS(FCOS):
             "test_topk_candidates": c.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": c.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -92,8 +95,11 @@ class ConfigurableFCOS(FCOS):
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ):
-        """As in the base class, whose GIoU loss fails on half precision, i.e. under autocast."""
-        return super().losses(
+        """
+        As in the base class, whose GIoU loss fails on half precision, i.e. under autocast, and has
+        no weight.
+        """
+        losses = super().losses(
             anchors,
             pred_logits,
             gt_labels,
@@ -101,6 +107,8 @@ class ConfigurableFCOS(FCOS):
             gt_boxes,
             pred_centerness,
         )
+        losses["loss_fcos_loc"] = losses["loss_fcos_loc"] * self.box_reg_loss_weight
+        return losses
 
 
 @META_ARCH_REGISTRY.register()
@@ -129,9 +137,13 @@ class CBBLFCOS(ConfigurableFCOS):
             box_reg_loss_weight: of all terms of the localisation loss.
             kwargs: passed to ``FCOS``.
         """
-        super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
+        super().__init__(
+            head=head,
+            box2box_transform=box2box_transform,
+            box_reg_loss_weight=box_reg_loss_weight,
+            **kwargs,
+        )
         self.localization_loss = localization_loss or LocalizationLoss()
-        self.box_reg_loss_weight = box_reg_loss_weight
         head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform.grid, weight_std=0.01)
 
     @classmethod

@@ -164,6 +164,21 @@ def test_an_image_without_objects_is_background(stock):
     assert all(loss == 0 for loss in losses.values())
 
 
+def test_the_weight_of_the_stock_loss_acts_on_localisation_alone():
+    """Each of the two detectors has its own, so that both can be tuned alike."""
+    losses = []
+    for weight in (1.0, 4.0):
+        torch.manual_seed(0)
+        model = build("fcos", stock=True, MODEL__FCOS__BBOX_REG_LOSS_WEIGHT=weight).train()
+        with EventStorage():
+            losses.append(model(batch(3, 2)))
+    one, four = losses
+    assert one["loss_fcos_loc"] > 0
+    for name in one:
+        factor = 4 if name == "loss_fcos_loc" else 1
+        assert four[name].item() == pytest.approx(factor * one[name].item()), name
+
+
 @both
 def test_group_norm(stock, monkeypatch):
     """The default, as in Detectron2's Lazy config."""
