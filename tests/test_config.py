@@ -317,6 +317,8 @@ def test_fcos_is_that_of_detectron2():
     def description(model):
         plain = (bool, int, float, str)
         return {
+            # The weight is this project's own, and 1 is what Detectron2 does.
+            "box_reg_loss_weight": 1.0,
             **{key: value for key, value in vars(model).items() if isinstance(value, plain)},
             "parameters": [(k, v.shape, v.requires_grad) for k, v in model.named_parameters()],
             "bias": model.head.cls_score.bias.tolist(),  # from the prior probability
@@ -411,6 +413,7 @@ DETECTORS = {  # the keys that choose the detector that reads a node
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.0,
     },
 }
+DETECTORS["stock FCOS"] = {**DETECTORS["FCOS"], "MODEL.META_ARCHITECTURE": "ConfigurableFCOS"}
 
 
 @pytest.fixture
@@ -493,6 +496,7 @@ EVERY_KEY = [
         for key, value in LOSS.items()
     ),
     *(("FCOS", f"MODEL.FCOS.{key}", value) for key, value in FCOS_CHANGES.items()),
+    ("stock FCOS", "MODEL.FCOS.BBOX_REG_LOSS_WEIGHT", 0.7),
 ]
 
 
