@@ -32,13 +32,14 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
     Raises:
         UserError: no run has logged gradients of this head.
     """
+    lines = {run: read_metrics(run.folder) for run in study.runs}
     rows = []
     for name in study.names:
         for size in SIZES:
-            by_seed = _by_seed(study, name, f"gradients/{head}/{size}")
+            by_seed = _by_seed(lines, name, f"gradients/{head}/{size}")
             if by_seed:
                 row = {"name": name, "size": size, "seeds": len(by_seed), **_mean(by_seed)}
-                others = _by_seed(study, study.baselines.get(name), f"gradients/{head}/{size}")
+                others = _by_seed(lines, study.baselines.get(name), f"gradients/{head}/{size}")
                 both = by_seed.keys() & others.keys()
                 row["ratio"] = math.nan
                 if both:
@@ -56,9 +57,20 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
     return rows
 
 
-def _by_seed(study: Study, name: Optional[str], prefix: str) -> Dict[int, Dict[str, float]]:
-    """Of the runs of this name that have logged gradients."""
-    found = {run.seed: _of_run(run, prefix) for run in study.runs if run.name == name}
+def _by_seed(
+    lines: Dict[Run, List[Dict]], name: Optional[str], prefix: str
+) -> Dict[int, Dict[str, float]]:
+    """
+    Of the runs of this name that have logged gradients.
+
+    Args:
+        lines: of ``metrics.json``, for each run.
+    """
+    found = {
+        run.seed: _of_run(mine, run.max_iter, prefix)
+        for run, mine in lines.items()
+        if run.name == name
+    }
     return {seed: values for seed, values in found.items() if values}
 
 
@@ -67,10 +79,9 @@ def _mean(by_seed: Dict[int, Dict[str, float]]) -> Dict[str, float]:
     return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
 
 
-def _of_run(run: Run, prefix: str) -> Dict[str, float]:
+def _of_run(lines: List[Dict], max_iter: int, prefix: str) -> Dict[str, float]:
     """Empty if one of the numbers is missing."""
-    parts = {"early": (0, PART * run.max_iter), "late": ((1 - PART) * run.max_iter, run.max_iter)}
-    lines = read_metrics(run.folder)
+    parts = {"early": (0, PART * max_iter), "late": ((1 - PART) * max_iter, max_iter)}
     found = {}
     for part, (begin, end) in parts.items():
         for statistic in _STATISTICS:
