@@ -130,6 +130,25 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     # ---------------------------------------------------------------------------- #
+    # A classification network of torchvision under Detectron2's FPN: MODEL.BACKBONE.NAME
+    # build_torchvision_fpn_backbone, build_retinanet_torchvision_fpn_backbone (P6 and P7 from the
+    # network, as RetinaNet has them) or build_torchvision_fpn_p5_backbone (from P5, as FCOS).
+    #
+    # Detectron2's own keys say the rest. MODEL.FPN.IN_FEATURES: the levels, of "c1" (stride 2, for
+    # objects under 8 px) to "c5"; MODEL.BACKBONE.FREEZE_AT: what leads to the feature map of this
+    # number is not trained; MODEL.WEIGHTS: "torchvision://NETWORK", torchvision's own download of
+    # its best ImageNet weights ("torchvision://NETWORK/IMAGENET1K_V1" names others), or a file with
+    # torchvision's weights, or a checkpoint.
+    # ---------------------------------------------------------------------------- #
+    _C.MODEL.TORCHVISION = CN()
+    # Name of torchvision's model function: "mobilenet_v2", "mobilenet_v3_large", "resnet18",
+    # "resnet50", "efficientnet_b0", "convnext_tiny", "regnet_y_400mf" ...
+    _C.MODEL.TORCHVISION.NETWORK = "mobilenet_v2"
+    # What becomes of its BatchNorm. Options: "FrozenBN" (the pretrained statistics stay, as for
+    # Detectron2's ResNets), "BN" (live), "SyncBN" (live, over all processes).
+    _C.MODEL.TORCHVISION.NORM = "FrozenBN"
+
+    # ---------------------------------------------------------------------------- #
     # Solver
     # ---------------------------------------------------------------------------- #
     # Options: "SGD" (Detectron2's own), "AdamW" (converges faster from scratch).

@@ -6,6 +6,7 @@ Convert a public data set of small objects, in the format in which it is publish
     python tools/convert_dataset.py visdrone --split train --erase-ignored
     python tools/convert_dataset.py tinyperson
     python tools/convert_dataset.py aitod --version 2 --split trainval test
+    python tools/convert_dataset.py hituav --half
 
 It is registered under the names that docs/public_data.md lists. What was downloaded stays as it is.
 """
@@ -17,6 +18,7 @@ import sys
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 
 from cbbl_d2.data.ai_tod import AI_TOD_SPLITS, ai_tod_annotation_files, convert_ai_tod
+from cbbl_d2.data.hit_uav import HIT_UAV_SPLITS, convert_hit_uav
 from cbbl_d2.data.public_data import dataset_folder
 from cbbl_d2.data.tiny_person import TINY_PERSON_FILES, convert_tiny_person
 from cbbl_d2.data.visdrone import VISDRONE_FOLDERS, convert_visdrone
@@ -29,12 +31,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sets = parser.add_subparsers(
-        dest="data_set", required=True, metavar="visdrone|tinyperson|aitod"
+        dest="data_set", required=True, metavar="visdrone|tinyperson|aitod|hituav"
     )
     for name, folder, splits in (
         ("visdrone", "VisDrone", VISDRONE_FOLDERS),
         ("tinyperson", "tiny_set", TINY_PERSON_FILES),
         ("aitod", "AI-TOD", AI_TOD_SPLITS),
+        ("hituav", "HIT-UAV", HIT_UAV_SPLITS),
     ):
         p = sets.add_parser(name, help=f"python tools/convert_dataset.py {name} --help")
         p.add_argument(
@@ -43,6 +46,13 @@ def parse_args(argv=None) -> argparse.Namespace:
             help="folder of the data set (default: %(default)s, where the registered names look "
             "for it; it follows $DETECTRON2_DATASETS)",
         )
+        if name == "hituav":  # its own split needs all published ones
+            p.add_argument(
+                "--half",
+                action="store_true",
+                help="also the images at half size, 320x256, and their annotations",
+            )
+            continue
         p.add_argument(
             "--split",
             nargs="+",
@@ -65,6 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                 "--version", type=int, choices=(1, 2), default=1, help="2: AI-TOD-v2 (default: 1)"
             )
     args = parser.parse_args(argv)
+    args.split = getattr(args, "split", None)
     one_split = args.split is not None and len(args.split) == 1
     for option in ("annotations", "images"):
         if getattr(args, option, None) and not one_split:
@@ -104,6 +115,9 @@ def main(argv=None) -> int:
             f"{args.root}: no such folder: download the data set (see docs/public_data.md), or "
             "give its folder as --root"
         )
+    if args.data_set == "hituav":
+        print(*convert_hit_uav(args.root, args.half), sep="\n")
+        return 0
     for split in args.split or splits_there(args):
         if args.data_set == "visdrone":
             line = convert_visdrone(args.root, split, args.erase_ignored)

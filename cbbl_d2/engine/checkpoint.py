@@ -12,6 +12,7 @@ from torch import nn
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
+from cbbl_d2.modeling.torchvision_backbone import as_detector_weights
 
 
 class _AtomicPathManager:
@@ -40,6 +41,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
     * some are not (a stock Faster R-CNN loaded into a C-BBL model, another number of classes):
       one log line names the layers that start anew, or, with ``require_all``,
       :class:`UserError`;
+    * weights of a classification network of torchvision become those of the detector's backbone;
     * a C-BBL layer whose weights in the file are for another grid, or for no grid at all, counts
       as one of these. Their shape alone may fit: that of a stock layer for 6 classes fits a grid
       of 6 points.
@@ -66,6 +68,8 @@ class CBBLCheckpointer(DetectionCheckpointer):
                 hint = ""
                 if os.path.basename(path) == "model_best.pth" and os.path.isfile(final):
                     hint = f"; no evaluation has found an object yet, but there is {final}"
+                if os.path.basename(path) == "mobilenet_v2.pth":
+                    hint = ": python tools/download_mobilenet.py writes datasets/mobilenet_v2.pth"
                 raise UserError(f"{path}: no such weights file (MODEL.WEIGHTS){hint}") from e
             raise
         except OSError as e:
@@ -120,9 +124,10 @@ class CBBLCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = weights
 
     def _load_model(self, checkpoint: Any):
+        model = getattr(self.model, "module", self.model)
+        checkpoint["model"] = as_detector_weights(model, checkpoint["model"], self._path)
         self._drop_other_grids(checkpoint)
         incompatible = super()._load_model(checkpoint)
-        model = getattr(self.model, "module", self.model)
         # The statistics of batch norms are buffers; these others the config or the use decides.
         own = ("pixel_mean", "pixel_std", "num_batches_tracked")
         weights = [name for name in model.state_dict() if not name.endswith(own)]

@@ -7,6 +7,7 @@ from .localization_loss import LocalizationLoss
 from .retinanet import CBBLRetinaNet
 from .roi_heads import CBBLCascadeROIHeads, CBBLRes5ROIHeads, CBBLROIHeads
 from .rpn import CBBLRPN
+from .torchvision_backbone import TorchvisionNetwork
 
 __all__ = [
     "CBBLBox2BoxTransform",
@@ -20,4 +21,5 @@ __all__ = [
     "CBBLRetinaNet",
     "ConfigurableFCOS",
     "LocalizationLoss",
+    "TorchvisionNetwork",
 ]

@@ -1,0 +1,203 @@
+"""
+HIT-UAV: persons, vehicles and bicycles of 6 to 30 px (at half size) on thermal photographs from a
+drone (Suo et al., Scientific Data 10, 227, 2023, doi 10.1038/s41597-023-02066-6, CC BY 4.0;
+https://github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset). Importing this module registers
+
+    hit_uav_{train,val,test}                    640x512, split by sequence
+    hit_uav_half_{train,val,test}               320x256, split by sequence
+    hit_uav_published_{train,val,test}          640x512, the published split
+    hit_uav_half_published_{train,val,test}     320x256, the published split
+
+The published JSON (``normal_json``) is COCO's but for two keys, ``annotation`` and ``filename``. The
+classes Car and OtherVehicle become Vehicle; DontCare, a hundredth of the boxes, is left out.
+
+A sequence is the first four parts of a file name: day or night, altitude, angle of the camera,
+weather. In the published split nearly every test image has a neighbouring frame in train, so that
+a detector is tested on scenes that it was trained on. The split by sequence keeps each sequence
+together: those of over 100 frames are for training, of the others the SHA-256 of the sequence's
+name modulo 100 decides: below 28 test, below 45 val, else train.
+"""
+
+import collections
+import hashlib
+import itertools
+import os
+
+from PIL import Image
+from tqdm import tqdm
+
+from cbbl_d2.data.coco_format import read_annotation_json
+from cbbl_d2.data.coco_validation import check_structure
+from cbbl_d2.data.public_data import CocoWriter, EvaluationRules, converted_json, register_public
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_write
+from cbbl_d2.messages import count, listed
+
+__all__ = ["HIT_UAV_CLASSES", "HIT_UAV_SPLITS", "convert_hit_uav", "sequence_of"]
+
+HIT_UAV_CLASSES = ("Person", "Vehicle", "Bicycle")
+HIT_UAV_SPLITS = ("train", "val", "test")
+_FOLDER = "HIT-UAV"
+_PUBLISHED = "normal_json"
+_CLASS_OF = {
+    "Person": "Person",
+    "Car": "Vehicle",
+    "OtherVehicle": "Vehicle",
+    "Bicycle": "Bicycle",
+    "DontCare": None,
+}
+# A sequence of more frames goes to the training set: a split would hold little else.
+_LONG_SEQUENCE = 100
+
+
+def hit_uav_annotation_file(split: str) -> str:
+    """Of a published split, relative to the folder of the data set."""
+    return os.path.join(_PUBLISHED, "annotations", f"{split}.json")
+
+
+def sequence_of(file_name: str) -> str:
+    """
+    The sequence that an image belongs to: ``normal_json/train/0_100_30_0_03307.jpg`` is of
+    ``0_100_30_0``.
+    """
+    return "_".join(os.path.basename(file_name).split("_")[:4])
+
+
+def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> list[str]:
+    """
+    Write ``{root}/coco/instances_{split}.json`` and ``instances_published_{split}.json`` for each
+    split; with ``half`` also the images at half size, to ``{root}/coco/half``, and
+    ``instances_half_{split}.json`` and ``instances_half_published_{split}.json``.
+
+    Args:
+        root: the folder that holds ``normal_json``.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        one line for each file that was written.
+
+    Raises:
+        UserError: files are missing, malformed or cannot be written. The split by sequence needs
+            all three published files.
+    """
+    images, boxes, num_lost = {}, collections.defaultdict(list), 0
+    for split in HIT_UAV_SPLITS:
+        json_file = os.path.join(root, hit_uav_annotation_file(split))
+        content = _read(json_file)
+        class_of = {c["id"]: _class_id(c["name"], json_file) for c in content["categories"]}
+        name_of = {image["id"]: image["file_name"] for image in content["images"]}
+        for image in content["images"]:
+            path = os.path.join(_PUBLISHED, split, image["file_name"])
+            if image["file_name"] in images or not os.path.isfile(os.path.join(root, path)):
+                what = "is listed twice" if image["file_name"] in images else f"is not at {path}"
+                raise UserError(
+                    f"{json_file}: image {image['file_name']} {what}: download the data set again"
+                )
+            images[image["file_name"]] = (split, path, image["width"], image["height"])
+        for a in content["annotations"]:
+            if a["image_id"] not in name_of:
+                raise UserError(
+                    f"{json_file}: annotation {a['id']} has the image_id {a['image_id']}, which no "
+                    "image has: download the file again"
+                )
+            if class_of[a["category_id"]] is None or min(a["bbox"][2:]) <= 0:
+                num_lost += 1
+            else:
+                boxes[name_of[a["image_id"]]].append((class_of[a["category_id"]], a["bbox"]))
+
+    by_sequence = _split_by_sequence(images)
+    lines = []
+    for is_half in (False, True) if half else (False,):
+        if is_half:
+            for split, path, *_ in tqdm(
+                images.values(), desc="HIT-UAV, half size", unit="image", disable=not progress
+            ):
+                _write_half(os.path.join(root, path), os.path.join(root, _half_path(path)))
+        for published, split in itertools.product((False, True), HIT_UAV_SPLITS):
+            converted = _converted_split(split, is_half, published)
+            writer = CocoWriter(f"HIT-UAV {converted}", HIT_UAV_CLASSES)
+            num_images = num_objects = 0
+            for name, (published_split, path, width, height) in sorted(images.items()):
+                if split != (published_split if published else by_sequence[name]):
+                    continue
+                size = 2 if is_half else 1
+                file_name = _half_path(path) if is_half else path
+                image_id = writer.add_image(file_name, width // size, height // size)
+                for class_id, box in boxes[name]:
+                    box = [x / 2 for x in box] if is_half else box
+                    writer.add_object(image_id, class_id, box)
+                num_images += 1
+                num_objects += len(boxes[name])
+            json_file = converted_json(root, converted)
+            writer.write(json_file)
+            lines.append(
+                f"{json_file}: {count(num_images, 'image', 'images')}, "
+                f"{count(num_objects, 'object', 'objects')}"
+            )
+    lines.append(f"left out: {count(num_lost, 'box', 'boxes')} of DontCare or of no size")
+    return lines
+
+
+def _read(json_file: str) -> dict:
+    content = read_annotation_json(json_file)
+    published = isinstance(content, dict) and isinstance(content.get("images"), list)
+    if published:
+        content["annotations"] = content.pop("annotation", content.get("annotations"))
+        for entry in content["images"]:
+            if isinstance(entry, dict) and "filename" in entry:
+                entry["file_name"] = entry.pop("filename")
+        for annotation in content["annotations"] or []:
+            if isinstance(annotation, dict):  # the box once more
+                annotation.pop("segmentation", None)
+    check_structure(content, json_file)
+    return content
+
+
+def _class_id(name: str, json_file: str) -> int | None:
+    if name not in _CLASS_OF:
+        raise UserError(
+            f"{json_file}: has the class {name}, not those of HIT-UAV ({listed(_CLASS_OF)}): is it "
+            "the right file?"
+        )
+    return HIT_UAV_CLASSES.index(_CLASS_OF[name]) + 1 if _CLASS_OF[name] else None
+
+
+def _split_by_sequence(file_names) -> dict[str, str]:
+    frames = collections.Counter(sequence_of(name) for name in file_names)
+
+    def split_of(sequence: str) -> str:
+        if frames[sequence] > _LONG_SEQUENCE:
+            return "train"
+        part = int(hashlib.sha256(sequence.encode()).hexdigest(), 16) % 100
+        return "test" if part < 28 else "val" if part < 45 else "train"
+
+    return {name: split_of(sequence_of(name)) for name in file_names}
+
+
+def _half_path(path: str) -> str:
+    return os.path.join("coco", "half", os.path.basename(path))
+
+
+def _write_half(source: str, target: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with Image.open(source) as image, atomic_write(target, "wb") as f:
+            image.convert("L").reduce(2).save(f, "JPEG", quality=90)
+    except (OSError, SyntaxError) as e:
+        raise UserError(f"{source}: cannot be written at half size to {target} ({e})") from e
+
+
+def _converted_split(split: str, half: bool, published: bool) -> str:
+    return f"{'half_' if half else ''}{'published_' if published else ''}{split}"
+
+
+for _half, _published, _split in itertools.product((False, True), (False, True), HIT_UAV_SPLITS):
+    register_public(
+        f"hit_uav_{_converted_split(_split, _half, _published)}",
+        folder=_FOLDER,
+        split=_converted_split(_split, _half, _published),
+        classes=HIT_UAV_CLASSES,
+        rules=EvaluationRules(),
+        source="normal_json from https://github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset",
+        command="hituav --half" if _half else "hituav",
+    )
