@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
-from torch import nn
+from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -86,6 +86,7 @@ class TorchvisionNetwork(Backbone):
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
         elif norm == "SyncBN":
             self.body = nn.SyncBatchNorm.convert_sync_batchnorm(self.body)
+        _fold_frozen_norms(self.body)
         self._out_features = list(out_features)
         self._out_feature_channels = {name: stages[name][1] for name in out_features}
         self._out_feature_strides = {name: _STRIDES[name] for name in out_features}
@@ -100,12 +101,7 @@ class TorchvisionNetwork(Backbone):
             parameter.requires_grad = False
         for name, layer in part.named_modules():
             if isinstance(layer, nn.BatchNorm2d):
-                owner, _, attribute = name.rpartition(".")
-                setattr(
-                    self.body.get_submodule(owner),
-                    attribute,
-                    FrozenBatchNorm2d.convert_frozen_batchnorm(layer),
-                )
+                _replace(self.body, name, FrozenBatchNorm2d.convert_frozen_batchnorm(layer))
 
     def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
         """
@@ -115,6 +111,8 @@ class TorchvisionNetwork(Backbone):
         Returns:
             for each of ``out_features`` a tensor of shape ``(N, channels, H / stride, W / stride)``.
         """
+        if images.device.type == "cpu":  # its convolutions are faster in this layout
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.body(images)
 
     def output_shape(self) -> Dict[str, ShapeSpec]:
@@ -140,6 +138,69 @@ class TorchvisionNetwork(Backbone):
                 f"{listed(f'{key} = {now[key]}' for key in wrong)}: the weights of torchvision's "
                 f"{self.network} need {listed(f'{key} {right[key]}' for key in wrong)}"
             )
+
+
+class _NormalizedConv2d(nn.Conv2d):
+    """
+    A convolution with the frozen BatchNorm that follows it, which only scales and shifts: the scale
+    goes to the weights, so that no pass over the feature map is left. Its parameters are those of
+    the convolution alone.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d):
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self._norm = [norm]  # in a list, it is not a child: the network has it under its own name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (norm,) = self._norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], bias)
+
+
+class _FoldedNorm(FrozenBatchNorm2d):
+    """Keeps the numbers for the convolution before it, which has applied them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def _fold_frozen_norms(body: fx.GraphModule) -> None:
+    """Let each convolution that nothing but a frozen BatchNorm reads apply that one."""
+    pairs = [  # torchvision's extractor does not look into its own layers
+        (f"{name}.0", f"{name}.1")
+        for name, module in body.named_modules()
+        if isinstance(module, Conv2dNormActivation) and len(module) > 1
+    ]
+    for node in body.graph.nodes:
+        before = node.args[0] if node.op == "call_module" else None
+        if getattr(before, "op", "") == "call_module" and len(before.users) == 1:
+            pairs.append((before.target, node.target))
+    for conv_name, norm_name in pairs:
+        conv, norm = body.get_submodule(conv_name), body.get_submodule(norm_name)
+        if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d:
+            folded = _FoldedNorm(norm.num_features, norm.eps)
+            folded.load_state_dict(norm.state_dict())
+            _replace(body, norm_name, folded)
+            _replace(body, conv_name, _NormalizedConv2d(conv, folded))
+
+
+def _replace(body: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(body.get_submodule(owner), attribute, module)
 
 
 def pretrained_input(network: str) -> Dict[str, object]:
@@ -321,8 +382,11 @@ def _stages(model: nn.Module) -> Dict[str, Tuple[str, int]]:
     return dict(sorted(stages.items()))
 
 
-def _extractor(model: nn.Module, nodes: Dict[str, str]) -> nn.Module:
-    return create_feature_extractor(model, return_nodes=dict(nodes), suppress_diff_warning=True)
+def _extractor(model: nn.Module, nodes: Dict[str, str]) -> fx.GraphModule:
+    both = create_feature_extractor(model, return_nodes=dict(nodes), suppress_diff_warning=True)
+    # Of its graphs for training and for evaluation one is enough, as the modules themselves know
+    # the mode; and a copy of the pair is always in training mode.
+    return fx.GraphModule(both, both.eval_graph)
 
 
 def _same(value, right) -> bool:
