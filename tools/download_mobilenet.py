@@ -72,7 +72,9 @@ def convert(weights: dict) -> dict:
     if len(names) != len(weights) or any(
         network[name].shape != tensor.shape for name, tensor in zip(names, weights.values())
     ):
-        raise UserError(f"torchvision {torchvision.__version__}: its MobileNetV2 is another network")
+        raise UserError(
+            f"torchvision {torchvision.__version__}: its MobileNetV2 is another network"
+        )
     return dict(zip(names, weights.values()))
 
 

@@ -110,7 +110,10 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
     for is_half in (False, True) if half else (False,):
         if is_half:
             for split, path, *_ in tqdm(
-                images.values(), desc="HIT-UAV, half size", unit="image", mininterval=1,
+                images.values(),
+                desc="HIT-UAV, half size",
+                unit="image",
+                mininterval=1,
                 disable=not progress,
             ):
                 _write_half(os.path.join(root, path), os.path.join(root, _half_path(path)))

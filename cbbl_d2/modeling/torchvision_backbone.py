@@ -111,9 +111,12 @@ class TorchvisionNetwork(Backbone):
         Returns:
             for each of ``out_features`` a tensor of shape ``(N, channels, H / stride, W / stride)``.
         """
-        if images.device.type == "cpu":  # its convolutions are faster in this layout
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.body(images)
+        if images.device.type != "cpu":
+            return self.body(images)
+        # On the CPU depthwise convolutions are several times faster with the channels last, and
+        # FPN's 3x3 convolutions a fifth slower.
+        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        return {name: feature.contiguous() for name, feature in features.items()}
 
     def output_shape(self) -> Dict[str, ShapeSpec]:
         return {
@@ -158,6 +161,7 @@ class _NormalizedConv2d(nn.Conv2d):
             conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
+            device="meta",  # it gets those of conv, and draws no random numbers
         )
         self.weight, self.bias = conv.weight, conv.bias
         self._norm = [norm]  # in a list, it is not a child: the network has it under its own name
@@ -209,7 +213,9 @@ def pretrained_input(network: str) -> Dict[str, object]:
     """
     transforms = torchvision.models.get_model_weights(network).DEFAULT.transforms()
     # torchvision's values are for pixels in [0, 1]
-    mean, std = ([round(255 * x, 3) for x in values] for values in (transforms.mean, transforms.std))
+    mean, std = (
+        [round(255 * x, 3) for x in values] for values in (transforms.mean, transforms.std)
+    )
     return {"INPUT.FORMAT": "RGB", "MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
 
 
