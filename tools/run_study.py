@@ -6,10 +6,15 @@ Train several configs with several seeds and put them into one table.
     python tools/run_study.py tools/studies/detectors.yaml --jobs 2
     python tools/run_study.py tools/studies/detectors.yaml --table-only
     python tools/run_study.py tools/studies/detectors.yaml --evaluate-on small_shapes_test
+    python tools/run_study.py tools/studies/hit_uav.yaml --open-test
 
 A study is a YAML file, see cbbl_d2/analysis/study.py. Each run is a process of train_net.py with
 an output folder of its own. Called again, this skips what is finished and resumes what is not. In
 the folder of the study it writes table.md, table.csv and plot.png.
+
+Each finished run is recorded in small text files, in the folder "results" of the study, such as
+docs/results/hit_uav. Committed, they are all that another machine needs to go on with the study,
+see cbbl_d2/analysis/study_record.py.
 
 --evaluate-on evaluates the last checkpoint of every finished run on another data set, such as a
 test split once all choices are made, and writes the same table for it into a folder of its name.
@@ -19,35 +24,32 @@ import argparse
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import tqdm
-import yaml
-from detectron2.config import CfgNode, get_cfg
 
-from cbbl_d2 import add_cbbl_config
-from cbbl_d2.analysis.study import Run, Study, load_study
+from cbbl_d2.analysis.gradient_table import gradients_of
+from cbbl_d2.analysis.study import Run, Study, all_results, load_study
+from cbbl_d2.analysis.study_record import changed_settings, commit
 from cbbl_d2.analysis.study_table import as_csv, as_markdown, plot, summarize
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 
-# It depends on the machine: a table may be made on another one than the trainings.
-NO_SETTING = ("MODEL.DEVICE",)
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_net.py")
 
 
 def command(run: Run) -> List[str]:
     what, options = "--resume", []
-    if run.test_set:
-        what = "--eval-only"
-        options = ["MODEL.WEIGHTS", run.weights, "DATASETS.TEST", f"('{run.test_set}',)"]
+    if run.evaluation:
+        what, options = "--eval-only", ["MODEL.WEIGHTS", run.weights]
     return [
         *(sys.executable, TRAIN_NET, "--config-file", run.config, what),
         *run.overrides,
@@ -65,14 +67,7 @@ def check_unchanged(run: Run) -> None:
             f.write(run.settings)
         return
     with open(path) as f:
-        before = flat_settings(f.read())
-    now, defaults = flat_settings(run.settings), flat_settings(default_config().dump())
-    # A key that is younger than the training acted as its default does.
-    changed = [
-        f"{key} {value}"
-        for key, value in now.items()
-        if key not in NO_SETTING and before.get(key, defaults[key]) != value
-    ]
+        changed = changed_settings(f.read(), run.settings)
     if changed:
         raise UserError(
             f"{run.folder}: was trained with other settings, which now are {listed(changed)}: "
@@ -80,23 +75,9 @@ def check_unchanged(run: Run) -> None:
         )
 
 
-def default_config() -> CfgNode:
-    cfg = get_cfg()
-    add_cbbl_config(cfg)
-    return cfg
-
-
-def flat_settings(text: str) -> Dict[str, object]:
-    """Dotted config key -> value, from a config as YAML."""
-
-    def walk(node, prefix):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(yaml.safe_load(text), ""))
+def num_threads(jobs: int) -> int:
+    """Of each process, unless OMP_NUM_THREADS says: else each would start one for every core."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
 
 
 def start(run: Run, jobs: int) -> subprocess.Popen:
@@ -117,14 +98,13 @@ def start(run: Run, jobs: int) -> subprocess.Popen:
                         f"{run.folder}: another process trains it: wait for that one, or stop it"
                     ) from None
                 time.sleep(0.2)
-        threads = max(1, (os.cpu_count() or 1) // jobs)  # else each run starts one for every core
         with open(os.path.join(run.folder, "console.txt"), "ab") as console:
             return subprocess.Popen(
                 command(run),
                 stdout=console,
                 stderr=console,
                 pass_fds=(lock.fileno(),),
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={**os.environ, "OMP_NUM_THREADS": str(num_threads(jobs))},
             )
 
 
@@ -134,40 +114,83 @@ def last_line(run: Run) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
+def is_done(study: Study, run: Run) -> bool:
+    """Whether all that is to be known of a run is on record."""
+    if study.records.find(run) is None:
+        return False
+    # A test set that the study has got later: where the weights are, it is made up for.
+    return not study.test_set or study.records.is_sealed(run) or not os.path.isfile(run.weights)
+
+
+def stages(study: Study, run: Run) -> List[Run]:
+    """A training and its evaluations, in their order."""
+    found = [run, *run.evaluations]
+    if study.test_set:
+        sealed = run.sealed(study.test_set)
+        found += [sealed, *sealed.evaluations]
+    return found
+
+
+def record(study: Study, run: Run, jobs: int) -> None:
+    if study.test_set:
+        sealed = run.sealed(study.test_set)
+        study.records.seal(run, study.test_set, all_results(sealed), sealed.folder)
+    if study.records.find(run) is None:
+        results = {**all_results(run), **gradients_of(run)}
+        study.records.add(run, results, run.folder, num_threads(jobs))
+    if study.test_set:  # last: what was sealed stands in readable logs, too
+        for part in (sealed, *sealed.evaluations):
+            shutil.rmtree(part.folder, ignore_errors=True)
+
+
 def train(study: Study, jobs: int) -> List[Run]:
     """
-    Train, or evaluate, what is not finished, ``jobs`` runs at a time. Returns the runs that failed.
+    Train and evaluate what is not finished, ``jobs`` runs at a time. Returns the runs that failed.
     """
-    waiting = [run for run in study.runs if run.results() is None]
-    running: Dict[Run, subprocess.Popen] = {}
+    waiting = [run for run in study.runs if not is_done(study, run)]
+    running: Dict[Run, Tuple[Run, subprocess.Popen]] = {}  # with the stage that it is in
     failed = []
     total = sum(run.max_iter for run in study.runs)
     with tqdm.tqdm(total=total, unit="it", desc=f"{len(study.runs)} runs", smoothing=0) as bar:
         bar.update(sum(r.max_iter for r in study.runs if r not in waiting))
         bar.initial = bar.n  # so that the ETA counts only what this call does
+
+        def proceed(run: Run) -> None:
+            """Start what is to be done next, or record the run."""
+            stage = next((s for s in stages(study, run) if s.results() is None), None)
+            if stage is not None:
+                running[run] = stage, start(stage, jobs)
+                return
+            record(study, run, jobs)
+            ap = study.results(run).get(study.metrics[0], float("nan"))
+            bar.write(f"{run.name}, seed {run.seed}: {study.metrics[0]} {ap:.1f}")
+
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running[run] = start(run, jobs)
+                    proceed(waiting.pop(0))
                 time.sleep(1)
-                for run, process in list(running.items()):
+                for run, (stage, process) in list(running.items()):
                     if process.poll() is None:
                         continue
                     del running[run]
-                    if process.returncode != 0 or run.results() is None:
+                    if process.returncode != 0 or stage.results() is None:
                         failed.append(run)
-                        bar.write(f"{run.name}, seed {run.seed}: FAILED: {last_line(run)}")
+                        bar.write(f"{run.name}, seed {run.seed}: FAILED: {last_line(stage)}")
                     else:
-                        ap = run.results().get(study.metrics[0], float("nan"))
-                        bar.write(f"{run.name}, seed {run.seed}: {study.metrics[0]} {ap:.1f}")
-                done = sum(min(run.last_iteration(), run.max_iter) for run in study.runs)
+                        proceed(run)
+                done = sum(
+                    run.max_iter
+                    if run not in waiting and run not in running and run not in failed
+                    else min(run.last_iteration(), run.max_iter)
+                    for run in study.runs
+                )
                 if done > bar.n:  # or a log file would get a line each second
                     bar.update(done - bar.n)
         finally:
-            for process in running.values():
+            for _, process in running.values():
                 process.terminate()
-            for process in running.values():
+            for _, process in running.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=10)
     return failed
@@ -178,6 +201,7 @@ def write_table(study: Study) -> None:
     if not rows:
         print(f"{study.output}: no run is finished yet")
         return
+    os.makedirs(study.output, exist_ok=True)
     for name, text in (("table.md", as_markdown(study, rows)), ("table.csv", as_csv(study, rows))):
         with atomic_write(os.path.join(study.output, name), "w") as f:
             f.write(text)
@@ -201,17 +225,32 @@ def main() -> None:
         metavar="NAME",
         help="registered data set, or one of DATASETS.COCO_FORMAT",
     )
+    parser.add_argument(
+        "--open-test",
+        action="store_true",
+        help="write and show the table of the study's test_set, which is kept unread until then; "
+        "trains nothing",
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be 1 or more")
 
     study = load_study(args.study)
     for run in study.runs:
-        if not args.table_only or os.path.isdir(run.folder):
+        if os.path.isdir(run.folder) or not (args.table_only or study.records.find(run)):
             check_unchanged(run)
+    others = study.records.other_commits(study.runs)
+    if others:
+        print(
+            f"warning: {study.records.folder}: {listed(others)} are of another commit than "
+            f"{commit()}, with the same settings: they are used",
+            file=sys.stderr,
+        )
+    if args.open_test:
+        write_table(study.opened())
+        return
     if args.evaluate_on:
         study = study.evaluated_on(args.evaluate_on)
-        os.makedirs(study.output, exist_ok=True)
     # As Ctrl-C does, so that the trainings are ended with this program.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = [] if args.table_only else train(study, args.jobs)

@@ -32,14 +32,17 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
     Raises:
         UserError: no run has logged gradients of this head.
     """
-    lines = {run: read_metrics(run.folder) for run in study.runs}
+    values = {}
+    for run in study.runs:
+        record = study.records.find(run)
+        values[run] = record.metrics if record else gradients_of(run)
     rows = []
     for name in study.names:
         for size in SIZES:
-            by_seed = _by_seed(lines, name, f"gradients/{head}/{size}")
+            by_seed = _by_seed(values, name, f"gradients/{head}/{size}")
             if by_seed:
                 row = {"name": name, "size": size, "seeds": len(by_seed), **_mean(by_seed)}
-                others = _by_seed(lines, study.baselines.get(name), f"gradients/{head}/{size}")
+                others = _by_seed(values, study.baselines.get(name), f"gradients/{head}/{size}")
                 both = by_seed.keys() & others.keys()
                 row["ratio"] = math.nan
                 if both:
@@ -57,21 +60,40 @@ def summarize_gradients(study: Study, head: str = "box") -> List[Dict]:
     return rows
 
 
+def gradients_of(run: Run) -> Dict[str, float]:
+    """
+    What is kept on record of a run: ``gradients/{head}/{size}/{part} {statistic}``, for all heads
+    and sizes whose gradients it has logged.
+    """
+    lines = read_metrics(run.folder)
+    prefixes = {key.rpartition("/")[0] for line in lines for key in line if _is_gradient(key)}
+    return {
+        f"{prefix}/{key}": value
+        for prefix in sorted(prefixes)
+        for key, value in _of_run(lines, run.max_iter, prefix).items()
+    }
+
+
+def _is_gradient(key: str) -> bool:
+    return key.startswith("gradients/")
+
+
 def _by_seed(
-    lines: Dict[Run, List[Dict]], name: Optional[str], prefix: str
+    values: Dict[Run, Dict[str, float]], name: Optional[str], prefix: str
 ) -> Dict[int, Dict[str, float]]:
     """
     Of the runs of this name that have logged gradients.
 
     Args:
-        lines: of ``metrics.json``, for each run.
+        values: of :func:`gradients_of`, for each run.
     """
-    found = {
-        run.seed: _of_run(mine, run.max_iter, prefix)
-        for run, mine in lines.items()
-        if run.name == name
-    }
-    return {seed: values for seed, values in found.items() if values}
+    found = {}
+    for run, mine in values.items():
+        start = f"{prefix}/"
+        mine = {k[len(start) :]: v for k, v in mine.items() if k.startswith(start)}
+        if run.name == name and mine:
+            found[run.seed] = mine
+    return found
 
 
 def _mean(by_seed: Dict[int, Dict[str, float]]) -> Dict[str, float]:

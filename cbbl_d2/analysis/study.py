@@ -6,6 +6,11 @@ What a study consists of, and what of it is done. A study is a YAML file:
     overrides: [SOLVER.MAX_ITER, 800]   # of every run; optional
     metrics: [bbox/AP, bbox/APvs]       # columns of the table; optional
     baseline: smooth_l1                 # the run that others are compared with; optional
+    results: docs/results/losses        # folder of small files to commit, which hold what was
+                                        # measured; default: results in the output folder
+    evaluations:                        # further ones of each finished run; optional
+      voting: [MODEL.CBBL.VOTING_SIGMA, 0.05]   # columns voting/bbox/AP ...
+    test_set: small_shapes_test         # evaluated along, kept unread until --open-test; optional
     runs:
       smooth_l1: configs/SmallShapes/smooth_l1.yaml
       cbbl: configs/SmallShapes/cbbl.yaml
@@ -13,19 +18,28 @@ What a study consists of, and what of it is done. A study is a YAML file:
         config: configs/SmallShapes/cbbl.yaml
         overrides: [MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT, 1.0]
         baseline: cbbl                  # instead of the study's
+        evaluations: {}                 # instead of the study's
 """
 
 import dataclasses
 import json
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import yaml
+from detectron2.config import CfgNode
 
+from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed
 
+from .study_record import Record, StudyRecords
+
+_OPTIONAL = {"overrides", "metrics", "baseline", "results", "evaluations", "test_set"}
+# The folder, in that of a run, of the evaluation that nobody is to read yet.
+SEALED = "sealed"
 METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APvs")
 
 
@@ -53,8 +67,8 @@ def read_metrics(folder: str) -> List[Dict]:
 @dataclasses.dataclass(frozen=True)
 class Run:
     """
-    One training: a config with one seed. Or, with ``test_set``, the evaluation of its last
-    checkpoint on that data set.
+    One training: a config with one seed. Or, with ``evaluation``, one more evaluation of its last
+    checkpoint.
     """
 
     name: str
@@ -64,13 +78,40 @@ class Run:
     folder: str
     max_iter: int
     settings: str  # the whole config, as YAML
-    test_set: str = ""
+    evaluations: Tuple["Run", ...] = ()
+    evaluation: str = ""
+    trained_in: str = ""  # of an evaluation: the folder of the training
+
+    @property
+    def cfg(self) -> CfgNode:
+        cfg = load_config(self.config, list(self.overrides))
+        register_from_config(cfg)
+        return cfg
 
     @property
     def weights(self) -> str:
         """The last checkpoint of the training."""
-        trained_in = os.path.dirname(self.folder) if self.test_set else self.folder
-        return os.path.join(trained_in, "model_final.pth")
+        return os.path.join(self.trained_in or self.folder, "model_final.pth")
+
+    def evaluated(self, name: str, overrides: Sequence[str]) -> "Run":
+        """The evaluation of its last checkpoint with some keys changed."""
+        return dataclasses.replace(
+            self,
+            folder=os.path.join(self.folder, name),
+            overrides=(*self.overrides, *overrides),
+            evaluations=(),
+            evaluation=name,
+            trained_in=self.trained_in or self.folder,
+        )
+
+    def sealed(self, test_set: str) -> "Run":
+        """Its evaluation, and its further ones, on the data set that nobody is to read yet."""
+        there = on_test_set(test_set)
+        further = (
+            dataclasses.replace(e.evaluated(SEALED, there), evaluation=e.evaluation)
+            for e in self.evaluations
+        )
+        return dataclasses.replace(self.evaluated(SEALED, there), evaluations=tuple(further))
 
     def last_iteration(self) -> int:
         """Number of iterations that ``metrics.json`` tells of; 0 before the first lines."""
@@ -98,7 +139,7 @@ class Run:
         return {**results, "time": times[len(times) // 2]} if times else results
 
     def _lines(self) -> List[Dict]:
-        if self.test_set:  # where train_net.py --eval-only writes
+        if self.evaluation:  # where train_net.py --eval-only writes
             return read_metrics(os.path.join(self.folder, "inference"))
         return read_metrics(self.folder)
 
@@ -109,16 +150,33 @@ class Study:
     Attributes:
         runs: in the order of the file, seeds innermost.
         baselines: for each name of a run the name of the run that it is compared with.
+        records: of the finished runs, here and on other machines.
+        test_set: what is evaluated along and kept unread, or "".
     """
 
     output: str
     metrics: List[str]
     runs: List[Run]
     baselines: Dict[str, str]
+    records: StudyRecords
+    test_set: str = ""
 
     @property
     def names(self) -> List[str]:
         return list(dict.fromkeys(run.name for run in self.runs))
+
+    def results(self, run: Run) -> Optional[Dict[str, float]]:
+        """
+        Of a run and its further evaluations, whose metrics begin with their name: those on record,
+        or those in its folder. None while it is not finished.
+        """
+        record = self.records.find(run)
+        return record.metrics if record else all_results(run)
+
+    def bootstrap(self, run: Run) -> Dict[str, np.ndarray]:
+        """Metric -> AP on each of the same resamples of images; empty where none is on record."""
+        record = self.records.find(run)
+        return record.bootstrap if record else {}
 
     def evaluated_on(self, test_set: str) -> "Study":
         """
@@ -135,11 +193,61 @@ class Study:
                 f"{listed(unfinished)} {'is' if len(unfinished) == 1 else 'are'} not: run the "
                 "study without --evaluate-on first"
             )
-        runs = [
-            dataclasses.replace(r, folder=os.path.join(r.folder, test_set), test_set=test_set)
-            for r in self.runs
-        ]
-        return dataclasses.replace(self, output=os.path.join(self.output, test_set), runs=runs)
+        output = os.path.join(self.output, test_set)
+        return dataclasses.replace(
+            self,
+            output=output,
+            runs=[r.evaluated(test_set, on_test_set(test_set)) for r in self.runs],
+            records=StudyRecords(os.path.join(output, "results")),
+            test_set="",
+        )
+
+    def opened(self) -> "Study":
+        """
+        The same study, with what was measured on its test set and kept unread.
+
+        Raises:
+            UserError: it has no test set, or nothing is kept of it yet.
+        """
+        if not self.test_set:
+            raise UserError(f"{self.output}: --open-test: the study has no key test_set")
+        opened = OpenedRecords(self.records, self.runs)
+        if not opened.by_run:
+            raise UserError(
+                f"{self.output}: --open-test: no run has been evaluated on {self.test_set} yet"
+            )
+        output = os.path.join(self.output, self.test_set)
+        return dataclasses.replace(self, output=output, records=opened)
+
+
+class OpenedRecords:
+    """Stands in for :class:`StudyRecords` with what was kept unread."""
+
+    def __init__(self, records: StudyRecords, runs: Sequence[Run]):
+        opened = {(run.name, run.seed): records.open_test(run) for run in runs}
+        self.by_run = {key: record for key, record in opened.items() if record is not None}
+
+    def find(self, run: Run) -> Optional[Record]:
+        return self.by_run.get((run.name, run.seed))
+
+
+def on_test_set(test_set: str) -> Tuple[str, str]:
+    """The overrides that evaluate on a data set."""
+    return "DATASETS.TEST", f"('{test_set}',)"
+
+
+def all_results(run: Run) -> Optional[Dict[str, float]]:
+    """
+    The results of a run in its folder, with those of its further evaluations as ``voting/bbox/AP``;
+    None if one of them is not finished.
+    """
+    results = run.results()
+    for evaluation in run.evaluations:
+        more = evaluation.results()
+        if results is None or more is None:
+            return None
+        results.update({f"{evaluation.evaluation}/{k}": v for k, v in more.items() if "/AP" in k})
+    return results
 
 
 def load_study(path: str) -> Study:
@@ -155,7 +263,7 @@ def load_study(path: str) -> Study:
         raise UserError(f"{path}: cannot read this study: {e.strerror}") from e
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
-    _check_keys(path, content, {"output", "seeds", "runs"}, {"overrides", "metrics", "baseline"})
+    _check_keys(path, content, {"output", "seeds", "runs"}, _OPTIONAL)
 
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)):
@@ -168,7 +276,8 @@ def load_study(path: str) -> Study:
     runs, baselines = [], {}
     for name, entry in content["runs"].items():
         entry = {"config": entry} if isinstance(entry, str) else entry
-        _check_keys(f"{path}: run {name}", entry, {"config"}, {"overrides", "baseline"})
+        optional = {"overrides", "baseline", "evaluations"}
+        _check_keys(f"{path}: run {name}", entry, {"config"}, optional)
         config = str(entry["config"])
         overrides = tuple(
             str(word)
@@ -176,20 +285,23 @@ def load_study(path: str) -> Study:
             for word in _list(path, "overrides", where.get("overrides"))
         )
         cfg = load_config(config, list(overrides))
+        evaluations = _evaluations(path, entry.get("evaluations", content.get("evaluations")))
+        for words in evaluations.values():
+            load_config(config, [*overrides, *words])  # what is wrong is said before any training
         for seed in seeds:
             folder = os.path.join(str(content["output"]), str(name), f"seed_{seed}")
             cfg.SEED, cfg.OUTPUT_DIR = seed, folder
-            runs.append(
-                Run(
-                    name=str(name),
-                    config=config,
-                    seed=seed,
-                    overrides=overrides,
-                    folder=folder,
-                    max_iter=cfg.SOLVER.MAX_ITER,
-                    settings=cfg.dump(),
-                )
+            run = Run(
+                name=str(name),
+                config=config,
+                seed=seed,
+                overrides=overrides,
+                folder=folder,
+                max_iter=cfg.SOLVER.MAX_ITER,
+                settings=cfg.dump(),
             )
+            further = tuple(run.evaluated(key, words) for key, words in evaluations.items())
+            runs.append(dataclasses.replace(run, evaluations=further))
         baseline = entry.get("baseline", content.get("baseline"))
         if baseline is not None and str(baseline) != str(name):
             baselines[str(name)] = str(baseline)
@@ -200,7 +312,27 @@ def load_study(path: str) -> Study:
                 f"{path}: baseline {baseline} of {name} is none of the runs ({listed(names)})"
             )
     metrics = _list(path, "metrics", content.get("metrics")) or list(METRICS)
-    return Study(str(content["output"]), [str(m) for m in metrics], runs, baselines)
+    output = str(content["output"])
+    return Study(
+        output,
+        [str(m) for m in metrics],
+        runs,
+        baselines,
+        StudyRecords(str(content.get("results", os.path.join(output, "results")))),
+        str(content.get("test_set", "")),
+    )
+
+
+def _evaluations(path: str, value) -> Dict[str, List[str]]:
+    """Name -> overrides."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: evaluations = {value!r}: must map names to lists of overrides")
+    for name in map(str, value):
+        if name in (SEALED, "inference") or not name.isidentifier():
+            raise UserError(f"{path}: evaluations: {name!r} cannot be a name: use letters")
+    return {str(k): [str(w) for w in _list(path, f"evaluations.{k}", v)] for k, v in value.items()}
 
 
 def _list(path: str, key: str, value) -> List:

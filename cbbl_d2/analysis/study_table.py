@@ -41,6 +41,28 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> Tup
     return float(low), float(high)
 
 
+def resampled_interval(
+    mine: Dict[int, np.ndarray], baseline: Dict[int, np.ndarray], confidence: float = 0.95
+) -> Tuple[float, float]:
+    """
+    Percentile interval of the mean difference between two methods, over the images that happen to
+    be in the data set and over seeds: each draw takes one resample of the images, the same for both
+    methods, and as many seeds as there are, with replacement.
+
+    Args:
+        mine, baseline: seed -> AP on each resample of the images, as of
+            :func:`cbbl_d2.evaluation.bootstrap.bootstrap_ap`; compared seed by seed.
+    """
+    seeds = sorted(mine.keys() & baseline.keys())
+    differences = np.array([mine[seed] - baseline[seed] for seed in seeds])
+    if len(seeds) > 1:
+        drawn = np.random.default_rng(0).integers(len(seeds), size=(50, len(seeds)))
+        differences = differences[drawn].mean(axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(differences, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def summarize(study: Study) -> List[Dict]:
     """
     One row for each name of a run that has finished seeds:
@@ -48,14 +70,16 @@ def summarize(study: Study) -> List[Dict]:
     * ``name``, ``baseline`` (or ""), ``seeds`` (list of the finished ones);
     * for each metric M: ``M`` (mean), ``M std`` (sample standard deviation; NaN for one seed);
     * for each metric and where there is a baseline: ``M diff`` (mean of the differences, seed by
-      seed, over the seeds that both have finished) and, for two seeds or more, ``M low`` and
-      ``M high`` (bootstrap interval);
+      seed, over the seeds that both have finished), ``M low`` and ``M high``: the interval of
+      :func:`resampled_interval` where AP on resampled images is on record, otherwise, for two
+      seeds or more, of :func:`bootstrap_interval`; ``over``: what it is over;
     * ``time``: median over the seeds of the median seconds of an iteration.
 
     Raises:
         UserError: a metric that no run has.
     """
-    results = {(run.name, run.seed): run.results() for run in study.runs}
+    runs = {(run.name, run.seed): run for run in study.runs}
+    results = {key: study.results(run) for key, run in runs.items()}
     known = {key for r in results.values() if r is not None for key in r if "/" in key}
     for metric in study.metrics:
         if known and metric not in known:
@@ -69,20 +93,35 @@ def summarize(study: Study) -> List[Dict]:
         if not mine:
             continue
         baseline = study.baselines.get(name, "")
-        row = {"name": name, "baseline": baseline, "seeds": sorted(mine)}
+        both = [s for s in mine if baseline and results[baseline, s] is not None]
+        row = {"name": name, "baseline": baseline, "seeds": sorted(mine), "over": ""}
         for metric in study.metrics:
             values = [r.get(metric, math.nan) for r in mine.values()]
             row[metric] = float(np.mean(values))
             row[f"{metric} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+            if not both:
+                continue
             differences = [
-                r.get(metric, math.nan) - results[baseline, seed].get(metric, math.nan)
-                for seed, r in mine.items()
-                if baseline and results[baseline, seed] is not None
+                mine[s].get(metric, math.nan) - results[baseline, s].get(metric, math.nan)
+                for s in both
             ]
-            if differences:
-                row[f"{metric} diff"] = float(np.mean(differences))
-            if len(differences) > 1:
-                row[f"{metric} low"], row[f"{metric} high"] = bootstrap_interval(differences)
+            row[f"{metric} diff"] = float(np.mean(differences))
+            vectors = [
+                {
+                    s: vector
+                    for s in both
+                    if (vector := study.bootstrap(runs[n, s]).get(metric)) is not None
+                }
+                for n in (name, baseline)
+            ]
+            if all(len(v) == len(both) for v in vectors):
+                low_high, row["over"] = resampled_interval(*vectors), "images and seeds"
+            elif len(both) > 1:
+                low_high = bootstrap_interval(differences)
+                row["over"] = row["over"] or "seeds"
+            else:
+                continue
+            row[f"{metric} low"], row[f"{metric} high"] = low_high
         row["time"] = float(np.median([r.get("time", math.nan) for r in mine.values()]))
         rows.append(row)
     return rows
@@ -106,6 +145,10 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
             cells += [_difference(row, metric) for metric in study.metrics]
         cells += [f"{row['time']:.2f}", ", ".join(map(str, row["seeds"]))]
         lines.append("| " + " | ".join(cells) + " |")
+    for over in ("images and seeds", "seeds"):
+        names = [row["name"] for row in rows if row["over"] == over]
+        if names:
+            lines += ["", f"Intervals of {', '.join(names)}: bootstrap over {over}."]
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +158,7 @@ def as_csv(study: Study, rows: List[Dict]) -> str:
     for metric in study.metrics:
         columns += [metric, *(f"{metric} {part}" for part in ("std", "diff", "low", "high"))]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, "time"], lineterminator="\n")
+    writer = csv.DictWriter(text, [*columns, "over", "time"], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"]))})
@@ -132,7 +175,7 @@ def plot(study: Study, rows: List[Dict], path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = {(run.name, run.seed): run.results() for run in study.runs}
+    results = {(run.name, run.seed): study.results(run) for run in study.runs}
     names = [row["name"] for row in rows]
     figure = Figure(figsize=(3.2 * len(study.metrics) + 1.5, 0.4 * len(rows) + 1.3))
     FigureCanvasAgg(figure)

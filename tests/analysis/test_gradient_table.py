@@ -1,10 +1,15 @@
 import json
 import os
+import shutil
 
 import pytest
 import yaml
 
-from cbbl_d2.analysis.gradient_table import gradients_as_markdown, summarize_gradients
+from cbbl_d2.analysis.gradient_table import (
+    gradients_as_markdown,
+    gradients_of,
+    summarize_gradients,
+)
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.errors import UserError
 
@@ -75,3 +80,13 @@ def test_a_run_without_gradients_has_no_row(study):
     (row,) = summarize_gradients(study)
     assert row["name"] == "cbbl" and row["seeds"] == 1
     assert row["ratio"] != row["ratio"]  # there is no baseline
+
+
+def test_the_same_table_from_the_records_alone(study):
+    for run in study.runs:
+        log(run, lambda i, k=run.seed * (8 if run.name == "stock" else 2): float(k))
+    before = gradients_as_markdown(summarize_gradients(study))
+    for run in study.runs:
+        study.records.add(run, gradients_of(run), run.folder, 1)
+        shutil.rmtree(run.folder)
+    assert gradients_as_markdown(summarize_gradients(study)) == before

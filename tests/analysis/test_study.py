@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,8 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
     os.killpg(first.pid, signal.SIGKILL)  # with the training itself
     first.wait()
     assert run.results() is None
+    records = os.path.join(study_folder(path), "results", "runs.csv")
+    assert not os.path.exists(records)
     assert run_tool(path, "--table-only") == (0, f"{study_folder(path)}: no run is finished yet\n")
 
     status, said = run_tool(path)
@@ -196,6 +199,8 @@ def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch
     assert starts[0] == "0" and int(starts[1]) > 0
     with open(os.path.join(study_folder(path), "table.md")) as f:
         assert "| a |" in f.read()
+    with open(records) as f:
+        assert [row["run"] for row in csv.DictReader(f)] == ["a"]
 
     # As before, where the config has got a new key since: it acted as its default does. And on a
     # machine of another kind.
@@ -234,6 +239,42 @@ def test_a_run_that_fails_is_named(write_study, run_tool, repository):
     assert status == 1
     assert "bad, seed 1: FAILED: error: nowhere.pth: no such weights file" in said
     assert "1 of 1 runs failed" in said
+
+
+def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
+    config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+    path = write_study(
+        seeds=[1],
+        overrides=["SOLVER.MAX_ITER", 4],
+        runs={"a": config},
+        baseline=None,
+        metrics=["bbox/AP", "voting/bbox/AP"],
+        evaluations={"voting": ["MODEL.CBBL.VOTING_SIGMA", 0.05]},
+        test_set="small_shapes_mini_test",
+    )
+    status, said = run_tool(path)
+    assert status == 0, said
+    (run,) = load_study(path).runs
+    with open(os.path.join(study_folder(path), "results", "runs.csv")) as f:
+        (row,) = csv.DictReader(f)
+    for key in ("bbox/AP", "bbox/APvs", "voting/bbox/AP50"):
+        assert 0 <= float(row[key]) <= 100, key
+    assert sum(key.startswith("bbox/AP-") for key in row) == 5  # classes
+    assert len(row["annotations"]) == len(row["settings"]) == 12
+    # What was measured on the test set is kept, and can be read nowhere.
+    assert not os.path.exists(os.path.join(run.folder, "sealed"))
+    assert not os.path.exists(os.path.join(run.folder, "voting", "sealed"))
+    assert "test" not in " ".join(os.listdir(study_folder(path)))
+    status, said = run_tool(path, "--open-test")
+    assert status == 0 and "| a |" in said
+    with open(os.path.join(study_folder(path), "results", "opened_test.csv")) as f:
+        (opened,) = csv.DictReader(f)
+    assert opened["test_set"] == "small_shapes_mini_test"
+    assert 0 <= float(opened["voting/bbox/AP"]) <= 100
+    # A second time there is nothing to do, also without the folder of the run.
+    shutil.rmtree(run.folder)
+    status, said = run_tool(path)
+    assert status == 0 and not os.path.exists(run.folder), said
 
 
 def study_folder(path):
