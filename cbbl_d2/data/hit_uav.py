@@ -8,8 +8,8 @@ https://github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset). Importing this 
     hit_uav_published_{train,val,test}          640x512, the published split
     hit_uav_half_published_{train,val,test}     320x256, the published split
 
-The published JSON (``normal_json``) is COCO's but for two keys, ``annotation`` and ``filename``. The
-classes Car and OtherVehicle become Vehicle; DontCare, a hundredth of the boxes, is left out.
+The published JSON (``normal_json``) is COCO's but for two keys, ``annotation`` and ``filename``.
+The classes Car and OtherVehicle become Vehicle; DontCare, a hundredth of the boxes, is left out.
 
 A sequence is the first four parts of a file name: day or night, altitude, angle of the camera,
 weather. In the published split nearly every test image has a neighbouring frame in train, so that
@@ -109,7 +109,7 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
     lines = []
     for is_half in (False, True) if half else (False,):
         if is_half:
-            for split, path, *_ in tqdm(
+            for _, path, *_ in tqdm(
                 images.values(),
                 desc="HIT-UAV, half size",
                 unit="image",
@@ -126,7 +126,9 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                     continue
                 size = 2 if is_half else 1
                 file_name = _half_path(path) if is_half else path
-                image_id = writer.add_image(file_name, width // size, height // size)
+                image_id = writer.add_image(
+                    file_name, width // size, height // size, sequence=sequence_of(name)
+                )
                 for class_id, box in boxes[name]:
                     box = [x / 2 for x in box] if is_half else box
                     writer.add_object(image_id, class_id, box)
