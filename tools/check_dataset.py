@@ -23,15 +23,15 @@ from detectron2.utils.logger import setup_logger
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import read_coco_json, register_from_config
 from cbbl_d2.data.dataset_checks import check_registered
-from cbbl_d2.data.dataset_report import (
+from cbbl_d2.dataset_report.report import (
     DatasetReport,
     check_images,
     format_report,
     read_dataset,
     report_on,
 )
-from cbbl_d2.data.size_histogram import plot_sizes
-from cbbl_d2.data.suggestions import anchor_levels, format_yaml, suggest_settings
+from cbbl_d2.dataset_report.size_histogram import plot_sizes
+from cbbl_d2.dataset_report.suggestions import anchor_levels, format_yaml, suggest_settings
 from cbbl_d2.engine import check_model_config, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write

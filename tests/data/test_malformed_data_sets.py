@@ -31,7 +31,7 @@ from cbbl_d2.data import register_coco_format  # noqa: E402
 from cbbl_d2.data.broken_images import NameBrokenImage, SkipBrokenImages  # noqa: E402
 from cbbl_d2.data.coco_format import read_coco_json  # noqa: E402
 from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
-from cbbl_d2.data.dataset_report import check_images, report_on  # noqa: E402
+from cbbl_d2.dataset_report.report import check_images, report_on  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
 
