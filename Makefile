@@ -1,4 +1,4 @@
-# make install | demo | test | lint | format | clean
+# make install | demo | test | test-all | lint | format | clean
 #
 # Every target works in the virtual environment $(VENV), which is made when there is none. An
 # environment of your own is used as it is, and only what it lacks is installed:
@@ -12,6 +12,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.cbbl_d2-installed
 
+# As in setup.py, which says why it is installed without its requirements.
+SAHI := sahi>=0.12.8,<0.13
+
 DEMO_CONFIG := configs/SmallShapes/demo.yaml
 DEMO_OUTPUT := output/demo
 
@@ -24,13 +27,13 @@ export OMP_NUM_THREADS
 require_python = $(if $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 10) or "")' \
     2>/dev/null),,$(error $(1) is not a Python >= 3.10: pass one with PYTHON=... (or VENV=...)))
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-all lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install   make $(VENV) with cbbl_d2, its requirements and Detectron2"
 	@echo "make demo      train a small detector on synthetic images on the CPU and draw its boxes"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests; make test-all runs the slow ones, too"
 	@echo "make lint      check style (ruff); make format applies it"
 	@echo "make clean     remove caches and build files; the environment and output/ stay"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV)"
@@ -47,6 +50,7 @@ $(INSTALLED): setup.py tools/install_detectron2.py | $(PY)
 	$(if $(wildcard $(PY)),$(call require_python,$(PY)))
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check --no-deps '$(SAHI)'
 	$(PY) tools/install_detectron2.py
 	@touch $@
 
@@ -63,6 +67,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+test-all: $(INSTALLED)
+	$(PY) -m pytest -m ''
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

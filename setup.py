@@ -38,12 +38,24 @@ INSTALL_REQUIRES = [
     "tqdm",
 ]
 
+# Sliced inference and training data. sahi asks for opencv-python, which puts its files where those
+# of opencv-python-headless are, and pip cannot leave out one requirement of a package. So `make
+# install` installs sahi with --no-deps, after what it requires besides and is not above. A test
+# compares this list with sahi's metadata.
+# >= 0.12.8: the oldest version that was tried. < 0.13: the next ones may require more.
+SAHI = "sahi>=0.12.8,<0.13"
+SAHI_REQUIRES = [
+    "click",
+    "fire",
+    "opencv-python-headless>=4.12.0.88",  # sahi's bound for opencv-python
+    "requests",
+    "shapely>=2.0.0",
+]
+
 EXTRAS_REQUIRE = {
-    # Sliced inference and training data; the oldest version that was tried. It asks for
-    # opencv-python, which puts its files where those of opencv-python-headless are: see
-    # docs/large_images.md for an installation without it.
-    "sahi": ["sahi>=0.12.8"],
-    "dev": [
+    "sahi": [SAHI],  # with opencv-python: see docs/large_images.md
+    "dev": SAHI_REQUIRES
+    + [
         "pytest>=7.3",  # the first one with `tmp_path_retention_policy`
         "ruff>=0.5",  # `ruff check` and `ruff format` with the settings of pyproject.toml
     ],

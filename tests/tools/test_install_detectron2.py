@@ -8,17 +8,21 @@ import io
 import itertools
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement  # pytest requires it
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 
 @pytest.fixture
@@ -427,3 +431,42 @@ def test_existing_detectron2_is_left_alone(tmp_path):
     assert (process.returncode, process.stderr) == (0, "")
     assert f"already in {Path(detectron2.__file__).parent}" in process.stdout
     assert "[2/5]" not in process.stdout
+
+
+# ---- sahi, which `make install` installs without its requirements ------------------------------
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The variables of setup.py."""
+    fake = SimpleNamespace(setup=lambda **_: None, find_packages=lambda **_: [])
+    monkeypatch.setitem(sys.modules, "setuptools", fake)
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+@pytest.fixture
+def default_names(setup_py):
+    """The packages that `pip install -e '.[dev]'` asks for."""
+    requirements = setup_py.INSTALL_REQUIRES + setup_py.EXTRAS_REQUIRE["dev"]
+    return {Requirement(text).name.lower() for text in requirements}
+
+
+def test_sahi_is_installed_without_opencv_python(setup_py, default_names):
+    """The two packages of OpenCV overwrite each other's files."""
+    assert not {"sahi", "opencv-python"} & default_names
+    assert f"SAHI := {setup_py.SAHI}\n" in (ROOT / "Makefile").read_text()
+    assert " --no-deps '$(SAHI)'\n" in (ROOT / "Makefile").read_text()
+    for page in ("README.md", "docs/large_images.md"):
+        assert f" --no-deps '{setup_py.SAHI}'\n" in (ROOT / page).read_text()
+
+
+def test_sahi_has_all_else_that_it_requires(setup_py, default_names):
+    try:
+        texts = metadata.requires("sahi")
+    except metadata.PackageNotFoundError:
+        pytest.fail(f"no sahi, all its tests are skipped: pip install --no-deps '{setup_py.SAHI}'")
+    for requirement in map(Requirement, texts):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            name = requirement.name.lower().replace("opencv-python", "opencv-python-headless")
+            assert name in default_names
+            assert requirement.specifier.contains(metadata.version(name), prereleases=True)
