@@ -7,14 +7,15 @@ written.
     python tools/export_model.py --config-file configs/SmallShapes/demo.yaml \\
         --weights output/demo/model_final.pth --output model.ts --image photo.jpg
 
-The model is traced, as Detectron2's own tools/deploy/export_model.py does; that needs the main
-branch of Detectron2. Thresholds, the number of detections and the device (MODEL.DEVICE) are those
-of the config, for ever.
+The model is traced, as Detectron2's own tools/deploy/export_model.py does; of Detectron2, that
+needs the main branch or the v0.6 of tools/install_detectron2.py. Thresholds, the number of
+detections and the device (MODEL.DEVICE) are those of the config, for ever.
 """
 
 import argparse
 import io
 import os
+import re
 import warnings
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
@@ -88,10 +89,11 @@ def get_tracing_adapter() -> type:
     """
     try:
         from detectron2.export import TracingAdapter
-    except ImportError as e:  # v0.6 wants caffe2, which torch has dropped
+    except ImportError as e:  # an unchanged v0.6 wants caffe2, which torch has dropped
         raise UserError(
             f"this Detectron2 cannot export (detectron2.export: {e}): install the main branch of "
-            "https://github.com/facebookresearch/detectron2, then run this again"
+            "https://github.com/facebookresearch/detectron2, or replace it by a v0.6 without "
+            "compiled operations (python tools/install_detectron2.py --force)"
         ) from e
     return TracingAdapter
 
@@ -203,7 +205,8 @@ def trace(tracing_adapter: type, model: nn.Module, image: torch.Tensor) -> bytes
         # torch's own check compares tensors one by one, which equal scores make fail.
         torch.jit.save(torch.jit.trace(adapter, (image,), check_trace=False), content)
     except RuntimeError as e:
-        reason = str(e).strip().splitlines()[-1]
+        lines = [x for x in str(e).strip().splitlines() if not re.search(r"\(\d+\): \S+$", x)]
+        reason = lines[-1] if lines else type(e).__name__  # without `file(line): function`
         raise UserError(
             f"MODEL.META_ARCHITECTURE {type(model).__name__} cannot be traced: {reason}"
         ) from e

@@ -90,6 +90,7 @@ _PILLOW = "Pillow 10 removed LINEAR, an alias of BILINEAR"
 _MESHGRID = "torch asks for an explicit indexing; 'ij' is what it did by default"
 _NO_SETUPTOOLS = "setuptools 81 removed pkg_resources"
 _NO_OPS = "this build has no compiled operations"
+_NO_CAFFE2 = "torch removed caffe2, which the tracing of detectron2.export does not need"
 
 FIXUPS = (
     FixUp("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1, _PILLOW),
@@ -125,6 +126,14 @@ FIXUPS = (
         "os.path.join(\n        os.path.dirname(os.path.abspath(__file__)), ",
         1,
         _NO_SETUPTOOLS,
+    ),
+    FixUp("detectron2/export/__init__.py", "from .api import *\n", "", 1, _NO_CAFFE2),
+    FixUp(
+        "detectron2/modeling/roi_heads/cascade_rcnn.py",
+        "        box_features = _ScaleGradient.apply(",
+        "        if self.training:\n            box_features = _ScaleGradient.apply(",
+        1,
+        "torch cannot save Python functions of a trace; the main branch has this condition, too",
     ),
     FixUp(
         "detectron2/layers/nms.py",
@@ -226,6 +235,7 @@ SELF_CHECK = """
 import importlib.util, logging, torch, detectron2.engine, detectron2.evaluation
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 if importlib.util.find_spec("cv2"):  # like Detectron2, leave the choice of an OpenCV to the user
     import detectron2.utils.visualizer

@@ -29,6 +29,8 @@ except ImportError as e:
     reason = f"this Detectron2 cannot export: detectron2.export: {e}"
 else:
     reason = ""
+# Half of the time: `make test` exports one detector, with and without the command.
+slow = pytest.mark.slow
 needs_export = pytest.mark.skipif(TracingAdapter is None, reason=reason)
 
 
@@ -60,7 +62,9 @@ def images():
 
 @needs_export
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x == "faster" else slow) for x in DETECTORS]
+)
 def test_the_exported_model_finds_what_the_original_finds(tool, name):
     model, examples = busy_model(name), images()
     exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, examples[0])))
@@ -79,6 +83,7 @@ def test_the_exported_model_finds_what_the_original_finds(tool, name):
     assert num_objects > 40
 
 
+@slow
 @needs_export
 @pytest.mark.filterwarnings("ignore")
 def test_any_number_of_proposals(tool):
@@ -93,6 +98,7 @@ def test_any_number_of_proposals(tool):
             assert torch.allclose(found[0], expected["pred_boxes"], rtol=0, atol=1e-3)
 
 
+@slow
 @needs_export
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_finds_nothing_in_the_traced_image(tool):
@@ -174,6 +180,7 @@ def test_sizes_and_noise(run, capsys):
 
 
 @needs_export
+@pytest.mark.filterwarnings("ignore")
 def test_a_file_that_differs_from_the_model_is_not_written(tool, error, monkeypatch):
     other = busy_model("faster")
     torch.nn.init.normal_(other.roi_heads.box_predictor.bbox_pred.bias, std=1.0)
@@ -188,7 +195,7 @@ def test_what_cannot_be_exported_says_so(tool, error, monkeypatch):
     assert "ProposalNetwork: only models that find objects" in error(*opts, "ProposalNetwork")
 
     def fail(*args, **kwargs):
-        raise RuntimeError("Tracing failed\nno such operator")
+        raise RuntimeError("Tracing failed\nno such operator\n/a/b.py(273): f\n<runpy>(8): _run")
 
     monkeypatch.setattr(torch.jit, "trace", fail)
     assert error().endswith("GeneralizedRCNN cannot be traced: no such operator")
