@@ -39,6 +39,7 @@ from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
+from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.inference import (
     BatchPredictor,
     Classes,
@@ -80,7 +81,6 @@ from cbbl_d2.visualization import (
 FORMATS = ("pictures", "results", "annotations", "csv", "yolo")
 # More than any image has: the metric then counts every detection.
 ALL_DETECTIONS = 10**6
-AP = ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -449,7 +449,11 @@ def main(argv: list[str] | None = None) -> None:
             metrics = evaluator.evaluate()
         write_json(os.path.join(folder, "metrics.json"), metrics)
         for task, numbers in metrics.items():
-            print(task + "\n" + create_small_table({k: numbers[k] for k in AP if k in numbers}))
+            print(
+                task
+                + "\n"
+                + create_small_table({k: numbers[k] for k in AP_COLUMNS if k in numbers})
+            )
     elif not num_boxes:
         print(
             f"No prediction has a score of {threshold:g} or more: try a lower "

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import yaml
 
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import short
 
 from .study import read_metrics
 
 __all__ = ["Training", "as_markdown", "differing_keys", "plot", "read_training", "read_trainings"]
 
-_METRICS = ("AP", "AP50", "AP75", "APvs", "APs")
+_METRICS = AP_COLUMNS[:5]  # there are no large objects in many a data set of small ones
 # Where a training writes is no setting of it.
 _NOT_COMPARED = ("OUTPUT_DIR", "VERSION", "train.output_dir")
 _UNSET = "-"

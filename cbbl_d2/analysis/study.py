@@ -33,6 +33,7 @@ from detectron2.config import CfgNode
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import listed
 
 from .study_record import Record, StudyRecords
@@ -40,7 +41,7 @@ from .study_record import Record, StudyRecords
 _OPTIONAL = {"overrides", "metrics", "baseline", "results", "evaluations", "test_set"}
 # The folder, in that of a run, of the evaluation that nobody is to read yet.
 SEALED = "sealed"
-METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APvs")
+METRICS = tuple(f"bbox/{column}" for column in AP_COLUMNS[:4])
 
 
 def read_metrics(folder: str) -> List[Dict]:

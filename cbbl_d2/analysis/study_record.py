@@ -39,9 +39,9 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 
 from cbbl_d2.config import add_cbbl_config
-from cbbl_d2.data.coco_format import clean_ground_truth
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.bootstrap import bootstrap_ap
+from cbbl_d2.evaluation.coco import prepare_ground_truth
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 
@@ -338,7 +338,7 @@ def _bootstrap(cfg: CfgNode, test_sets, folder: str) -> Dict[str, np.ndarray]:
     with open(path) as f, contextlib.redirect_stdout(io.StringIO()):
         detections = [d for d in json.load(f) if "bbox" in d]
         truth = COCO(json_file)
-    clean_ground_truth(test_sets[0], truth)
+    prepare_ground_truth(test_sets[0], truth)
     limit = (rules and rules.max_detections) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
     return bootstrap_ap(truth, detections, max_detections=limit)
 

@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from cbbl_d2.data.public_data import (
     CocoWriter,
-    EvaluationRules,
-    SizeMetric,
     converted_json,
     first_existing,
     read_published_coco,
     register_public,
 )
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
 from cbbl_d2.messages import count, listed
 
 __all__ = ["AI_TOD_CLASSES", "AI_TOD_SPLITS", "ai_tod_annotation_files", "convert_ai_tod"]

@@ -5,14 +5,13 @@ What is wrong with a file is treated in one of two ways:
 
 * it cannot be read or its structure is broken: one :class:`UserError` that names file, id and cure;
 * a box cannot be used: it is left out and counted in the log, of training and of evaluation alike
-  (:func:`clean_ground_truth`). Left in, it would be an object that no detector can find.
+  (:func:`cbbl_d2.evaluation.rules.clean_ground_truth`). Left in, it would be an object that no
+  detector can find.
 
 Which is which: :mod:`cbbl_d2.data.coco_validation`. The user's files are never written to.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import logging
 import os
@@ -21,7 +20,6 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from pycocotools.coco import COCO
 
 from cbbl_d2.data.broken_images import check_depth, missing_images
 from cbbl_d2.data.coco_validation import (
@@ -31,13 +29,11 @@ from cbbl_d2.data.coco_validation import (
     count_over_the_edge,
     describe_faults,
     find_faults,
-    is_positive_number,
 )
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed, short
 
 __all__ = [
-    "clean_ground_truth",
     "is_coco_format",
     "load_coco_format",
     "read_annotation_json",
@@ -258,54 +254,3 @@ def _log_counts(
         num = count(num_clipped, "box reaches", "boxes reach")
         message += f"; {num} over the edge of the image and will be clipped"
     logger.log(logging.WARNING if faults or num_invalid or missing else logging.INFO, message)
-
-
-# -- evaluation ------------------------------------------------------------------------------------
-
-
-def clean_ground_truth(name: str, coco: COCO) -> None:
-    """
-    Make the ground truth of an evaluator agree with what :func:`load_coco_format` returns, in
-    place and in memory; to be called once the evaluator has read the file.
-
-    * The boxes that were dropped from the data set are dropped here, too.
-    * Where ``area`` is missing or no number > 0, it becomes width x height. COCO's metric needs it
-      to tell small objects from large ones, and would count an area of NaN in every range.
-    * Where ``iscrowd`` is missing, it becomes 0, as in training.
-    * An annotation id of 0 becomes a free one: COCO's metric takes the id 0 for "no match" and
-      counts a correct detection of that object as false.
-
-    Data sets that :func:`register_coco_format` did not register are left alone: the numbers on
-    COCO itself stay the official ones.
-
-    Args:
-        name: of the data set.
-        coco: the ground truth; for Detectron2's ``COCOEvaluator`` its ``_coco_api``.
-    """
-    if not is_coco_format(name):
-        return
-    content = coco.dataset
-    check_structure(content, DatasetCatalog[name].json_file)
-    faults = find_faults(content)
-    free_id = max(a["id"] for a in content["annotations"]) + 1
-    content["annotations"] = [a for a in content["annotations"] if a["id"] not in faults]
-    num_areas = 0
-    for annotation in content["annotations"]:
-        if not is_positive_number(annotation.get("area")):
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-            num_areas += 1
-        annotation.setdefault("iscrowd", 0)
-        if annotation["id"] == 0:
-            annotation["id"] = free_id
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    if faults:
-        logger.warning(
-            f"{name}: {count(len(faults), 'box', 'boxes')} of the ground truth not counted in the "
-            f"evaluation: {describe_faults(faults)}"
-        )
-    if num_areas:
-        logger.warning(
-            f"{name}: {count(num_areas, 'box', 'boxes')} without a usable area in the annotation "
-            "file: evaluated with width x height"
-        )

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from cbbl_d2.data.coco_format import read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
-from cbbl_d2.data.public_data import CocoWriter, EvaluationRules, converted_json, register_public
+from cbbl_d2.data.public_data import CocoWriter, converted_json, register_public
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, listed
 

@@ -1,6 +1,6 @@
 """
-What the public data sets have in common: names that are registered before the files exist, the COCO
-files that ``tools/convert_dataset.py`` writes, and what a benchmark counts.
+What the public data sets have in common: names that are registered before the files exist, and the
+COCO files that ``tools/convert_dataset.py`` writes.
 
 Each data set is a folder in Detectron2's data-set root, ``$DETECTRON2_DATASETS`` or ``datasets``.
 What was downloaded stays as it is; the converters add ``coco/instances_{split}.json`` to it, whose
@@ -18,56 +18,18 @@ from detectron2.data.catalog import Metadata
 from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 
 __all__ = [
     "CocoWriter",
-    "EvaluationRules",
-    "SizeMetric",
     "converted_json",
     "dataset_folder",
     "first_existing",
     "read_published_coco",
     "register_public",
 ]
-
-
-# -- what a benchmark counts -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class SizeMetric:
-    """One more AP, of the objects of some sizes."""
-
-    name: str
-    """Key of the results, for example "APvt"."""
-    min_area: float
-    max_area: float
-    """Square pixels of the original image; both ends belong to the range, as in COCO's metric."""
-    iou: float | None = None
-    """The IoU that a match needs; None: the mean over COCO's .50, .55 ... .95."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationRules:
-    """
-    Where a benchmark differs from COCO's metric. Stands in the metadata of a data set as
-    ``evaluation_rules`` and is read by :class:`cbbl_d2.evaluation.SmallObjectCOCOEvaluator`.
-    """
-
-    size_metrics: tuple[SizeMetric, ...] = ()
-    """Added to the results; one whose name COCO has, too (APs), takes its place."""
-    max_detections: int | None = None
-    """The best so many detections of an image and class count. None: as for any data set."""
-    max_detections_of_image: int | None = None
-    """The best so many detections of an image count, all classes together. None: no limit."""
-    ignored_region_share: float | None = None
-    """Detections with at least this share of their area in the union of the ``ignored_regions`` of
-    their image (boxes in its entry of the COCO file) are dropped before anything is counted."""
-    ignores_by_coverage: bool = False
-    """In ``size_metrics`` a detection that lies in an object of another size is ignored, as is one
-    in an ignored box; for COCO's metric it would have to match that object."""
 
 
 # -- registration ----------------------------------------------------------------------------------

@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from cbbl_d2.data.public_data import (
     CocoWriter,
-    EvaluationRules,
-    SizeMetric,
     converted_json,
     first_existing,
     read_published_coco,
     register_public,
 )
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
 

@@ -38,11 +38,11 @@ from tqdm import tqdm
 from cbbl_d2.data.ignored_regions import covered_share, erase_regions
 from cbbl_d2.data.public_data import (
     CocoWriter,
-    EvaluationRules,
     converted_json,
     register_public,
 )
 from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
 

@@ -9,8 +9,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .coco import VERY_SMALL_AREA
 from .report import average_precision
+from .rules import VERY_SMALL_AREA
 
 NUM_RESAMPLES = 200
 _AREAS = {"all": [0, 1e10], "very small": [0, VERY_SMALL_AREA], "small": [0, 32**2]}

@@ -5,6 +5,7 @@ objects, and with what the benchmarks of public data sets count.
 
 import contextlib
 import io
+import logging
 import os
 
 import numpy as np
@@ -14,26 +15,29 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 
-from cbbl_d2.data.coco_format import clean_ground_truth
+from cbbl_d2.data.coco_format import is_coco_format
+from cbbl_d2.data.coco_validation import check_structure, describe_faults, find_faults
 from cbbl_d2.data.ignored_regions import covered_share
-from cbbl_d2.data.public_data import EvaluationRules, SizeMetric
 from cbbl_d2.errors import ConfigError, UserError
-from cbbl_d2.messages import short
+from cbbl_d2.messages import count, short
 
 from .report import average_precision, count_objects, write_per_class, write_pr_curves
+from .rules import (
+    AP_COLUMNS,
+    VERY_SMALL_AREA,
+    EvaluationRules,
+    SizeMetric,
+    clean_ground_truth,
+)
 
-# APvs counts the objects of at most this area, in square pixels of the original image. COCO's APs
-# reaches up to 32^2, and objects between 16 and 32 pixels can hide what happens below. AI-TOD draws
-# its line for "tiny" at 16 pixels as well, where a shift by one pixel already costs 0.12 of IoU.
-VERY_SMALL_AREA = 16**2
 _VERY_SMALL = SizeMetric("APvs", 0, VERY_SMALL_AREA)
 
 # The points of a person: what COCO's own sigmas, which an empty TEST.KEYPOINT_OKS_SIGMAS stands
 # for, belong to.
 _NUM_COCO_KEYPOINTS = 17
 
-_COLUMNS = ("AP", "AP50", "AP75", "APvs", "APs", "APm", "APl")
 _COCO_RULES = EvaluationRules()
+logger = logging.getLogger(__name__)
 
 
 class SmallObjectCOCOEvaluator(COCOEvaluator):
@@ -93,7 +97,7 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         for metric in metrics:
             precisions[metric.name] = _precision(coco_eval, metric, self._rules.ignores_by_coverage)
         results.update({name: average_precision(p) for name, p in precisions.items()})
-        names = _COLUMNS if not metrics else (*_COLUMNS[:4], *(m.name for m in metrics))
+        names = AP_COLUMNS if not metrics else (*AP_COLUMNS[:4], *(m.name for m in metrics))
         columns = {name: results[name] for name in names if name in results}
         caption = f"AP by size; APvs: objects of at most {VERY_SMALL_AREA} square pixels"
         if metrics:
@@ -145,7 +149,9 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
             "APl": areas["large"],
             **by_size,  # of the benchmark, where it has others
         }
-        order = [n for n in _COLUMNS if n in columns] + [n for n in by_size if n not in _COLUMNS]
+        order = [n for n in AP_COLUMNS if n in columns] + [
+            n for n in by_size if n not in AP_COLUMNS
+        ]
         write_per_class(table, classes, counts, {n: columns[n] for n in order})
         very_small = f"at most {VERY_SMALL_AREA**0.5:g} px"
         write_pr_curves(
@@ -282,9 +288,36 @@ def build_coco_evaluator(
         rules=rules,
     )
     # The same boxes as in training: without those that cannot be used.
-    clean_ground_truth(dataset_name, evaluator._coco_api)
+    prepare_ground_truth(dataset_name, evaluator._coco_api)
     _check_ground_truth(cfg, dataset_name, evaluator._coco_api)
     return evaluator
+
+
+def prepare_ground_truth(name: str, coco: COCO) -> None:
+    """
+    :func:`cbbl_d2.evaluation.rules.clean_ground_truth` for a data set that
+    :func:`cbbl_d2.data.coco_format.register_coco_format` has registered, without the boxes that its
+    training leaves out; what was done is logged. Others are left alone: the numbers on COCO itself
+    stay the official ones.
+
+    Args:
+        coco: the ground truth, changed in place.
+    """
+    if not is_coco_format(name):
+        return
+    check_structure(coco.dataset, DatasetCatalog[name].json_file)
+    faults = find_faults(coco.dataset)
+    num_areas = clean_ground_truth(coco, faults)
+    if faults:
+        logger.warning(
+            f"{name}: {count(len(faults), 'box', 'boxes')} of the ground truth not counted in the "
+            f"evaluation: {describe_faults(faults)}"
+        )
+    if num_areas:
+        logger.warning(
+            f"{name}: {count(num_areas, 'box', 'boxes')} without a usable area in the annotation "
+            "file: evaluated with width x height"
+        )
 
 
 def check_keypoint_sigmas(cfg: CfgNode) -> None:

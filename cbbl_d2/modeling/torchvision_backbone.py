@@ -109,7 +109,7 @@ class TorchvisionNetwork(Backbone):
             images: shape ``(N, 3, H, W)``, normalized.
 
         Returns:
-            for each of ``out_features`` a tensor of shape ``(N, channels, H / stride, W / stride)``.
+            for each of ``out_features`` a tensor ``(N, channels, H / stride, W / stride)``.
         """
         if images.device.type != "cpu":
             return self.body(images)

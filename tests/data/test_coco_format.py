@@ -16,24 +16,25 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from cbbl_d2.config import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import (  # noqa: E402
-    clean_ground_truth,
     is_coco_format,
     load_coco_format,
     register_coco_format,
     register_from_config,
 )
 from cbbl_d2.errors import ConfigError  # noqa: E402
+from cbbl_d2.evaluation.coco import prepare_ground_truth  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48  # of the images of the fixture ``content``
-LOGGER = "cbbl_d2.data.coco_format"
+LOGGERS = ("cbbl_d2.data.coco_format", "cbbl_d2.evaluation.coco")
 
 
 @pytest.fixture
 def log(caplog, monkeypatch):
     """The messages of the module under test. Detectron2's set-up of loggers stops propagation."""
     monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
-    caplog.set_level(logging.INFO, logger=LOGGER)
-    return lambda: [r for r in caplog.records if r.name == LOGGER]
+    for logger in LOGGERS:
+        caplog.set_level(logging.INFO, logger=logger)
+    return lambda: [r for r in caplog.records if r.name in LOGGERS]
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def evaluate(name, output_dir, predictions):
     """Box results of COCOEvaluator; predictions: image id -> list of [x, y, w, h], class."""
     DatasetCatalog.get(name)
     evaluator = COCOEvaluator(name, output_dir=str(output_dir), use_fast_impl=False)
-    clean_ground_truth(name, evaluator._coco_api)
+    prepare_ground_truth(name, evaluator._coco_api)
     evaluator.reset()
     for image_id, boxes in predictions.items():
         instances = Instances((HEIGHT, WIDTH))
@@ -273,7 +274,7 @@ def test_clean_ground_truth_changes_nothing_in_a_sound_file(register, folder, co
     DatasetCatalog.get(name)
     evaluator = COCOEvaluator(name, output_dir=str(folder / "out"))
     before = copy.deepcopy(evaluator._coco_api.dataset)
-    clean_ground_truth(name, evaluator._coco_api)
+    prepare_ground_truth(name, evaluator._coco_api)
     assert evaluator._coco_api.dataset == before
     assert len(log()) == 1  # that of loading
 
@@ -282,7 +283,7 @@ def test_ground_truth_of_other_data_sets_is_left_alone(folder, content, write, n
     content["annotations"].append(box(20, [5, 5, 0, 9]))
     MetadataCatalog.get(name).set(json_file=write(content), thing_classes=["car", "ship"])
     evaluator = COCOEvaluator(name, output_dir=str(folder / "out"))
-    clean_ground_truth(name, evaluator._coco_api)
+    prepare_ground_truth(name, evaluator._coco_api)
     assert len(evaluator._coco_api.dataset["annotations"]) == 5
 
 
