@@ -23,6 +23,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from head import inference, seconds, train_step
 
+from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
@@ -43,7 +44,7 @@ def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
     """The model, and a batch that is the same for all configs of one data set."""
     cfg = load_config(config_file)
     # An untrained dense detector is sure of nothing, and would decode no box.
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.0
+    set_score_threshold(cfg, 0.0)
     seed_all_rng(1)
     model = build_model(cfg)
     seed_all_rng(1)

@@ -25,6 +25,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
@@ -103,9 +104,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
-    # As Detectron2's demo does; other detectors are filtered after the fact.
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
+    set_score_threshold(cfg, args.confidence_threshold)
     register_from_config(cfg)
     if args.dataset is not None:
         check_registered(args.dataset, "--dataset")

@@ -12,6 +12,7 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from cbbl_d2.architectures import detection_node
 from cbbl_d2.data.broken_images import missing_images
 from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.errors import ConfigError, UserError
@@ -23,7 +24,6 @@ __all__ = [
     "check_registered",
     "describe_classes",
     "load_dataset",
-    "node_with_num_classes",
     "set_num_classes",
 ]
 
@@ -70,7 +70,7 @@ def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         ConfigError: it is 0, and no data set says its classes.
         UserError: a data set cannot be read.
     """
-    node = node_with_num_classes(cfg)
+    node = detection_node(cfg)
     if node is None or cfg.MODEL[node].NUM_CLASSES != 0:
         return
     key = f"MODEL.{node}.NUM_CLASSES"
@@ -95,7 +95,7 @@ def describe_classes(cfg: CfgNode) -> str:
     One line for the log: the number of classes, their names, and the first data set that names
     them; "" where there is none, or for a model without classes.
     """
-    node = node_with_num_classes(cfg)
+    node = detection_node(cfg)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if node is not None else ()
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes") or ()
@@ -116,7 +116,7 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         ConfigError: the numbers differ, the names or their order differ, or a name is unknown.
     """
-    node = node_with_num_classes(cfg)
+    node = detection_node(cfg)
     first = None
     for name in _used_datasets(cfg, eval_only):
         metadata = MetadataCatalog.get(name)
@@ -188,20 +188,6 @@ def _used_datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
             if name not in names:
                 names.append(name)
     return names
-
-
-def node_with_num_classes(cfg: CfgNode) -> str | None:
-    """The node of ``cfg.MODEL`` with the number of classes; None for a model without classes."""
-    # Subclasses keep the names of Detectron2's architectures at the end of their own.
-    for architecture, node in (
-        ("GeneralizedRCNN", "ROI_HEADS"),
-        ("PanopticFPN", "ROI_HEADS"),  # of its things, the classes with boxes
-        ("RetinaNet", "RETINANET"),
-        ("FCOS", "FCOS"),
-    ):
-        if cfg.MODEL.META_ARCHITECTURE.endswith(architecture) and node in cfg.MODEL:
-            return node
-    return None
 
 
 def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:

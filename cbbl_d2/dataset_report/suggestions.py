@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2.modeling.matcher import Matcher
 
-from cbbl_d2.data.dataset_checks import node_with_num_classes
+from cbbl_d2.architectures import anchor_node, detection_node
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
 
@@ -69,7 +69,7 @@ def suggest_settings(
     Raises:
         ConfigError: the model of ``cfg`` has no such feature levels.
     """
-    node = node_with_num_classes(cfg)
+    node = detection_node(cfg)
     suggestions = []
     if node is not None:
         suggestions.append(
@@ -100,7 +100,7 @@ def anchor_levels(cfg: CfgNode) -> AnchorLevels | None:
     Raises:
         ConfigError: the backbone has no such levels, or they do not go with the anchors.
     """
-    node = _anchor_node(cfg)
+    node = anchor_node(cfg)
     if node is None or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
         return None
     strides, divisor = _strides(cfg, cfg.MODEL[node].IN_FEATURES)
@@ -112,15 +112,6 @@ def anchor_levels(cfg: CfgNode) -> AnchorLevels | None:
         anchors.OFFSET,
         divisor,
     )
-
-
-def _anchor_node(cfg: CfgNode) -> str | None:
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture.endswith("RetinaNet"):
-        return "RETINANET"
-    has_rpn = cfg.MODEL.PROPOSAL_GENERATOR.NAME.endswith("RPN")
-    two_stages = architecture.endswith(("RCNN", "ProposalNetwork", "PanopticFPN"))
-    return "RPN" if has_rpn and two_stages else None
 
 
 def _for_each(values: list, number: int) -> list:
@@ -144,7 +135,7 @@ def _strides(cfg: CfgNode, features: list[str]) -> tuple[list[int], int]:
 
 
 def _finest_stride(cfg: CfgNode) -> int:
-    if cfg.MODEL.META_ARCHITECTURE.endswith("FCOS") and "FCOS" in cfg.MODEL:
+    if detection_node(cfg) == "FCOS":
         return min(_strides(cfg, cfg.MODEL.FCOS.IN_FEATURES)[0])
     return 4  # P2 of an FPN
 
@@ -254,7 +245,7 @@ def _anchor_grid(cfg: CfgNode, objects: ObjectTable, levels: AnchorLevels) -> li
     """Of CBBLRPN or CBBLRetinaNet: the share of what they learn that their grid does not cover."""
     if cfg.MODEL.META_ARCHITECTURE == "CBBLRetinaNet":
         node = "RETINANET"
-    elif cfg.MODEL.PROPOSAL_GENERATOR.NAME == "CBBLRPN" and _anchor_node(cfg) == "RPN":
+    elif cfg.MODEL.PROPOSAL_GENERATOR.NAME == "CBBLRPN" and anchor_node(cfg) == "RPN":
         node = "RPN"
     else:
         return []
@@ -327,7 +318,7 @@ def _detections(cfg: CfgNode, objects: ObjectTable) -> Suggestion:
     reason = f"the fullest image has {largest} objects"
     if number > _LEAST_DETECTIONS:
         reason += "; false detections need room beside them, and the metric here counts them all"
-    if _anchor_node(cfg) == "RPN" and cfg.MODEL.RPN.POST_NMS_TOPK_TEST < number:
+    if anchor_node(cfg) == "RPN" and cfg.MODEL.RPN.POST_NMS_TOPK_TEST < number:
         values["MODEL.RPN.POST_NMS_TOPK_TEST"] = number
         reason += f"; {cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals would be fewer than that"
     return Suggestion(values, reason)

@@ -12,9 +12,10 @@ from detectron2.modeling import (
     GeneralizedRCNN,
 )
 
+from cbbl_d2.architectures import anchor_node
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
-from cbbl_d2.modeling import CBBLRes5ROIHeads, CBBLROIHeads
+from cbbl_d2.modeling.build import check_voting
 
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
@@ -66,16 +67,9 @@ def check_model_config(cfg: CfgNode) -> None:
             f"MODEL.{key} = {name}: no model part of this name is registered"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
-    votes = is_rcnn and issubclass(
-        ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), (CBBLROIHeads, CBBLRes5ROIHeads)
-    )
-    if cfg.MODEL.CBBL.VOTING_SIGMA != 0 and not votes:
-        raise ConfigError(
-            f"MODEL.CBBL.VOTING_SIGMA = {cfg.MODEL.CBBL.VOTING_SIGMA}: must be 0 for this "
-            "detector: only MODEL.ROI_HEADS.NAME CBBLROIHeads and CBBLRes5ROIHeads vote"
-        )
-    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "RPN"
-    if not (is_rcnn or node == "RETINANET"):
+    check_voting(cfg)
+    node = anchor_node(cfg)
+    if node is None:
         return
     levels, anchors = cfg.MODEL[node].IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
     for key in ("SIZES", "ASPECT_RATIOS"):

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from cbbl_d2.architectures import detection_node
 from cbbl_d2.data.class_names import check_class_names, class_names_beside, read_class_names
-from cbbl_d2.data.dataset_checks import node_with_num_classes
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
 
@@ -57,7 +57,7 @@ def find_classes(
         UserError: the names given, or those in ``classes.txt``, are too many, too few or twice the
             same; or the classes of ``dataset`` are not those of the model, or in another order.
     """
-    node = node_with_num_classes(cfg)
+    node = detection_node(cfg)
     number = cfg.MODEL[node].NUM_CLASSES if node else None
     names, source = None, ""
     if given:

@@ -6,6 +6,7 @@ from typing import Sequence
 import yaml
 from detectron2.config import CfgNode
 
+from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.engine.cli import load_config
 from cbbl_d2.errors import ConfigError, UserError
@@ -67,9 +68,7 @@ def load_inference_config(
         raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
     cfg.MODEL.WEIGHTS = weights
     if score_threshold is not None:
-        for node in ("ROI_HEADS", "RETINANET", "FCOS"):
-            if node in cfg.MODEL:
-                cfg.MODEL[node].SCORE_THRESH_TEST = score_threshold
+        set_score_threshold(cfg, score_threshold)
     register_from_config(cfg)
     return cfg
 

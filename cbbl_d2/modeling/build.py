@@ -3,6 +3,7 @@
 from typing import List
 
 import torch
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.distribution import exponential_grid
@@ -23,8 +24,7 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
         ConfigError: a key of ``MODEL.CBBL`` has an impossible value.
     """
     check_cbbl_config(cfg)
-    if head in ("RETINANET", "FCOS"):
-        _refuse_voting(cfg)
+    check_voting(cfg)
     node = cfg.MODEL.CBBL[head] if head else cfg.MODEL.CBBL
     return _grid(
         f"MODEL.CBBL.{head}{'.' if head else ''}",
@@ -38,7 +38,7 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
 def build_cascade_grids(cfg) -> List[torch.Tensor]:
     """As :func:`build_grid`, one for each stage of a Cascade R-CNN."""
     check_cbbl_config(cfg)
-    _refuse_voting(cfg)
+    check_voting(cfg)
     c = cfg.MODEL.CBBL
     num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     settings = [
@@ -63,12 +63,19 @@ def build_localization_loss(cfg) -> LocalizationLoss:
     )
 
 
-def _refuse_voting(cfg) -> None:
-    sigma = cfg.MODEL.CBBL.VOTING_SIGMA
-    if sigma != 0:
+def check_voting(cfg) -> None:
+    """
+    Raises:
+        ConfigError: ``MODEL.CBBL.VOTING_SIGMA`` for a detector that cannot vote.
+    """
+    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.ROI_HEADS.NAME
+    if sigma == 0:
+        return
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if not (is_rcnn and getattr(ROI_HEADS_REGISTRY.get(name), "can_vote", False)):
         raise ConfigError(
-            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only Faster, Mask "
-            "and Keypoint R-CNN vote"
+            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only "
+            "MODEL.ROI_HEADS.NAME CBBLROIHeads and CBBLRes5ROIHeads vote"
         )
 
 

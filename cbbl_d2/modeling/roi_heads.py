@@ -22,6 +22,8 @@ class CBBLROIHeads(StandardROIHeads):
     predictor. Use it with ``MODEL.ROI_HEADS.NAME: CBBLROIHeads``.
     """
 
+    can_vote = True  # MODEL.CBBL.VOTING_SIGMA
+
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
@@ -63,6 +65,8 @@ class CBBLCascadeROIHeads(CascadeROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class CBBLRes5ROIHeads(Res5ROIHeads):
     """Detectron2's ``Res5ROIHeads`` (the C4 models, without FPN) with a C-BBL box predictor."""
+
+    can_vote = True
 
     @classmethod
     def from_config(cls, cfg, input_shape):
