@@ -155,7 +155,7 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.SOLVER.OPTIMIZER = "SGD"
 
     # Every how many iterations to log mean and variance of the localisation gradient by object
-    # size, as `gradients/{head}/{size}/...`, see cbbl_d2/analysis/gradient_stats.py; for any
+    # size, as `gradients/{head}/{size}/...`, see cbbl_d2/engine/gradient_stats.py; for any
     # detector, stock or C-BBL. 0: never. Detectron2 logs every 20 iterations.
     _C.SOLVER.GRADIENT_STATS_PERIOD = 0
 

@@ -5,9 +5,9 @@ from typing import Dict, List, Optional
 
 import numpy as np
 
+from cbbl_d2.engine.gradient_stats import SIZES
 from cbbl_d2.errors import UserError
 
-from .gradient_stats import SIZES
 from .study import Run, Study, read_metrics
 
 # The first and the last quarter of a training: a single iteration has few regions of each size.

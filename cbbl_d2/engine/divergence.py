@@ -1,8 +1,9 @@
 """What to tell the user of a training whose losses or weights are no longer finite numbers."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -84,4 +85,12 @@ class _UserErrorsInOneLine(logging.Filter):
         return not isinstance(error, FloatingPointError)
 
 
-logging.getLogger("detectron2.engine.train_loop").addFilter(_UserErrorsInOneLine())
+@contextlib.contextmanager
+def user_errors_in_one_line() -> Iterator[None]:
+    """In this context Detectron2's log of what ends a training has a traceback for bugs alone."""
+    logger, one_line = logging.getLogger("detectron2.engine.train_loop"), _UserErrorsInOneLine()
+    logger.addFilter(one_line)
+    try:
+        yield
+    finally:
+        logger.removeFilter(one_line)

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from cbbl_d2.compat import at_last_iteration
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 
 from .rng import rng_state, set_rng_state
@@ -107,8 +108,6 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if self.best_metric == before or self.trainer.iter < self.trainer.max_iter:
             return
         # The last checkpoint was written before the last evaluation. Once more, so that a training
-        # that goes on from it knows this result. Checkpoints are those of an iteration, and at
-        # this place Detectron2 has counted on already.
-        self.trainer.iter -= 1
-        self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)
-        self.trainer.iter += 1
+        # that goes on from it knows this result.
+        with at_last_iteration(self.trainer):
+            self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from cbbl_d2.compat import needs_gpu_to_launch
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count
 
@@ -107,9 +108,7 @@ def _terminate_children() -> None:
 
 def _explain(error: Exception, args: argparse.Namespace) -> None:
     """Raises what the user should read instead of ``error``, if that is no bug."""
-    # Which Detectron2 needs CUDA to start processes can only be learned by trying: it is an
-    # assertion inside their first function.
-    if not torch.cuda.is_available() and "cuda is not available" in str(error):
+    if needs_gpu_to_launch(error):
         raise UserError(
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: there is no GPU, and "
             "the installed Detectron2 (v0.6) cannot start several processes without; its main "

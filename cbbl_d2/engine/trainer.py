@@ -3,16 +3,15 @@
 import functools
 import logging
 import os
-from contextlib import contextmanager
 from typing import Any, Dict
 
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from cbbl_d2.analysis.gradient_stats import GradientStats
+from cbbl_d2.compat import default_trainer_parts, load_optimizer, with_optimizer
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
 from cbbl_d2.data.train_loader import ResumableTrainLoader
@@ -21,7 +20,8 @@ from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
 
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
-from .divergence import explain_divergence, is_finite
+from .divergence import explain_divergence, is_finite, user_errors_in_one_line
+from .gradient_stats import GradientStats
 from .hooks import BestCheckpointer, ResumeState
 from .optimizer import build_optimizer
 from .rng import preserve_rng
@@ -44,15 +44,10 @@ class CBBLTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
-        with _ddp_model_on(cfg.MODEL.DEVICE):
+        with default_trainer_parts(CBBLCheckpointer, cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
     def build_hooks(self):
-        # DefaultTrainer names the class of its checkpointer in the middle of __init__; this is
-        # the first method called after that.
-        self.checkpointer = CBBLCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
-        )
         ret = super().build_hooks()
         if self.cfg.SOLVER.GRADIENT_STATS_PERIOD > 0:  # in all processes; done before evaluation
             ret.insert(0, GradientStats(self.cfg.SOLVER.GRADIENT_STATS_PERIOD))
@@ -101,7 +96,8 @@ class CBBLTrainer(DefaultTrainer):
 
     def train(self):
         if self.start_iter < self.max_iter:
-            return super().train()
+            with user_errors_in_one_line():
+                return super().train()
         # Resumed after its last iteration; its evaluation may not have been finished.
         logger.info(
             f"All {self.max_iter} iterations are done: evaluating. To train on, raise their number"
@@ -130,10 +126,7 @@ class CBBLTrainer(DefaultTrainer):
             ) from e
 
     def state_dict(self) -> Dict[str, Any]:
-        ret = super().state_dict()
-        if "_trainer" not in ret:  # Detectron2 v0.6 forgets the optimizer
-            ret["_trainer"] = self._trainer.state_dict()
-        return ret
+        return with_optimizer(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         if "_trainer" not in state_dict:
@@ -143,8 +136,7 @@ class CBBLTrainer(DefaultTrainer):
                 "another OUTPUT_DIR, without --resume"
             )
         super().load_state_dict(state_dict)
-        if "load_state_dict" not in DefaultTrainer.__dict__:  # v0.6
-            self._trainer.load_state_dict(state_dict["_trainer"])
+        load_optimizer(self, state_dict)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -195,18 +187,3 @@ class CBBLTrainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}
-
-
-@contextmanager
-def _ddp_model_on(device: str):
-    """
-    ``DefaultTrainer`` makes the model parallel in the middle of its ``__init__`` and puts it on
-    the GPU of its rank. For a model on the CPU, torch refuses any GPU.
-    """
-    original = defaults.create_ddp_model
-    if device == "cpu":
-        defaults.create_ddp_model = functools.partial(original, device_ids=None)
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = original

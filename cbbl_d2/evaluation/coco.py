@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 
+from cbbl_d2.compat import has_fast_evaluation
 from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.data.coco_validation import check_structure, describe_faults, find_faults
 from cbbl_d2.data.ignored_regions import covered_share
@@ -282,7 +283,7 @@ def build_coco_evaluator(
         dataset_name,
         output_dir=output_folder,
         max_dets_per_image=rules.max_detections or limit,
-        use_fast_impl=_has_fast_evaluation(),
+        use_fast_impl=has_fast_evaluation(),
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         expected_tasks=tasks,
         rules=rules,
@@ -374,11 +375,3 @@ def _check_ground_truth(cfg: CfgNode, dataset_name: str, coco: COCO) -> None:
                 f"{where} {annotation['id']} has no num_keypoints: add the number of its "
                 "keypoints with a visibility > 0"
             )
-
-
-def _has_fast_evaluation() -> bool:
-    try:
-        from detectron2 import _C
-    except ImportError:
-        return False
-    return hasattr(_C, "InstanceAnnotation")

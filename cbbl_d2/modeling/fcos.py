@@ -4,14 +4,14 @@ from typing import Dict, Optional
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone.fpn import (
     LastLevelP6P7,
     build_retinanet_resnet_fpn_backbone,
 )
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import Boxes, Instances
+
+from cbbl_d2.compat import box_tensors, dense_head_norm, with_a_box
 
 from .box_regression import CBBLBox2BoxTransformLinear
 from .build import build_grid, build_localization_loss
@@ -88,9 +88,7 @@ class ConfigurableFCOS(FCOS):
     @torch.no_grad()
     def label_anchors(self, anchors, gt_instances):
         """As in the base class, which in Detectron2 v0.6 fails for an image without objects."""
-        return super().label_anchors(
-            anchors, [x if len(x) > 0 else _one_that_matches_nothing(x) for x in gt_instances]
-        )
+        return super().label_anchors(anchors, [with_a_box(x) for x in gt_instances])
 
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
@@ -180,34 +178,10 @@ class CBBLFCOS(ConfigurableFCOS):
             self.box2box_transform,
             pred_anchor_deltas,
             anchors,
-            [boxes.tensor if isinstance(boxes, Boxes) else boxes for boxes in gt_boxes],
+            box_tensors(gt_boxes),
             foreground=(labels >= 0) & (labels != self.num_classes),
         )
         # super() has just brought its moving average of the number of positives up to date.
         terms = terms / self.loss_normalizer * self.box_reg_loss_weight
         losses.update(self.localization_loss.named(terms, "loss_fcos_loc", "loss_fcos"))
         return losses
-
-
-def _one_that_matches_nothing(image: Instances) -> Instances:
-    """A box without inside: no point lies in it, so that all become background."""
-    device = image.gt_boxes.device
-    return Instances(
-        image.image_size,
-        gt_boxes=Boxes(torch.zeros(1, 4, device=device)),
-        gt_classes=torch.zeros(1, dtype=torch.int64, device=device),
-    )
-
-
-def dense_head_norm(name: str):
-    """
-    Args:
-        name: as for Detectron2's ``get_norm``.
-
-    Returns:
-        What an ``FCOSHead`` can take as its ``norm``. Detectron2 v0.6 tries the normalisation of
-        its dense heads on one channel, which GN refuses: it has 32 groups.
-    """
-    if name != "GN":
-        return name
-    return lambda channels: get_norm("GN" if channels > 1 else "", channels)

@@ -36,6 +36,8 @@ from detectron2.structures import Boxes
 from detectron2.utils import comm
 from torch import nn
 
+from cbbl_d2.compat import box_tensors
+
 """
 Shape shorthand in this module:
 
@@ -285,8 +287,7 @@ def _foreground(head: nn.Module, arguments: Dict) -> Tuple[nn.Module, List[_Fore
     else:
         layer, foreground = head.head.bbox_pred, (labels >= 0) & (labels != head.num_classes)
     predictions = arguments["pred_anchor_deltas"]
-    # Detectron2's FCOS has Boxes in v0.6 and tensors in main.
-    boxes = [x.tensor if isinstance(x, Boxes) else x for x in arguments["gt_boxes"]]
+    boxes = box_tensors(arguments["gt_boxes"])
     num_anchors = [x.shape[1] for x in predictions]
     levels = []
     for predictions_l, boxes_l, foreground_l in zip(

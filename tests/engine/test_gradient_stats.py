@@ -10,9 +10,9 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from cbbl_d2.analysis.gradient_stats import SIZES, GradientStats, feature_gradients
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.engine import CBBLTrainer
+from cbbl_d2.engine.gradient_stats import SIZES, GradientStats, feature_gradients
 from cbbl_d2.errors import ConfigError
 from tests.modeling.detectors import DETECTORS, batch, build, localisation_layers
 
