@@ -75,13 +75,13 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
         progress: show a progress bar on stderr.
 
     Returns:
-        one line for each file that was written.
+        one line for each file that was written, and one that names the images with boxes left out.
 
     Raises:
         UserError: files are missing, malformed or cannot be written. The split by sequence needs
             all three published files.
     """
-    images, boxes, num_lost = {}, collections.defaultdict(list), 0
+    images, boxes, num_lost = {}, collections.defaultdict(list), collections.Counter()
     for split in HIT_UAV_SPLITS:
         json_file = os.path.join(root, hit_uav_annotation_file(split))
         content = _read(json_file)
@@ -102,7 +102,7 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                     "image has: download the file again"
                 )
             if class_of[a["category_id"]] is None or min(a["bbox"][2:]) <= 0:
-                num_lost += 1
+                num_lost[name_of[a["image_id"]]] += 1
             else:
                 boxes[name_of[a["image_id"]]].append((class_of[a["category_id"]], a["bbox"]))
 
@@ -141,7 +141,10 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                 f"{json_file}: {count(num_images, 'image', 'images')}, "
                 f"{count(num_objects, 'object', 'objects')}"
             )
-    lines.append(f"left out: {count(num_lost, 'box', 'boxes')} of DontCare or of no size")
+    left_out = f"left out: {count(num_lost.total(), 'box', 'boxes')} of DontCare or of no size"
+    if num_lost:
+        left_out += f", on {count(len(num_lost), 'image', 'images')}: {listed(sorted(num_lost))}"
+    lines.append(left_out)
     return lines
 
 
