@@ -17,6 +17,7 @@ SAHI := sahi>=0.12.8,<0.13
 
 DEMO_CONFIG := configs/SmallShapes/demo.yaml
 DEMO_OUTPUT := output/demo
+DEMO_WEIGHTS := datasets/mobilenet_v2.pth
 
 # Small models and small images: more threads than this make the CPU slower, not faster.
 OMP_NUM_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
@@ -57,7 +58,10 @@ $(INSTALLED): setup.py tools/install_detectron2.py | $(PY)
 install: $(INSTALLED)
 	@echo "cbbl_d2 and Detectron2 are installed in $(VENV)."
 
-demo: $(INSTALLED)
+$(DEMO_WEIGHTS): | $(INSTALLED)
+	$(PY) tools/download_mobilenet.py --output $@
+
+demo: $(INSTALLED) $(DEMO_WEIGHTS)
 	$(PY) train_net.py --config-file $(DEMO_CONFIG)
 	$(PY) tools/visualize.py --config-file $(DEMO_CONFIG) \
 	    --weights $(DEMO_OUTPUT)/model_final.pth --dataset small_shapes_val --num-images 12 \
