@@ -29,6 +29,7 @@ __all__ = [
     "ClassStyle",
     "contact_sheet",
     "draw_boxes",
+    "draw_instances",
     "draw_masks",
     "draw_pair",
     "enlarge",
@@ -230,6 +231,75 @@ def draw_masks(
     return image
 
 
+def draw_instances(
+    image: np.ndarray,
+    instances: Instances,
+    metadata: Metadata | None = None,
+    scale: float | None = None,
+) -> np.ndarray:
+    """
+    Predictions over the enlarged image, without a caption: boxes with class and score, and the
+    masks and keypoints that there are.
+
+    Args:
+        image: (H, W, 3).
+        instances: "pred_boxes", "scores" and "pred_classes", and perhaps "pred_masks" (N, H, W)
+            and "pred_keypoints" (N, K, 3), on the CPU or not.
+        metadata: for names and colors, see :class:`ClassStyle`.
+        scale: factor of the enlargement, by default that of :func:`enlargement`.
+
+    Returns:
+        array (round(scale * H), round(scale * W), 3).
+
+    Raises:
+        UserError: an impossible scale.
+    """
+    style = ClassStyle(metadata)
+    canvas, factors = _enlarged(image, scale)
+    classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
+    labels = [f"{style.name(c)} {s:.0%}" for c, s in zip(classes, scores, strict=True)]
+    colors = [style.color(c) for c in classes]
+    keypoints = []
+    if instances.has("pred_masks"):
+        canvas = draw_masks(canvas, instances.pred_masks.detach().cpu().numpy(), colors)
+    if instances.has("pred_keypoints"):
+        points = instances.pred_keypoints.detach().cpu().numpy()
+        keypoints = [_points(x, factors) for x in points]
+    boxes = instances.pred_boxes.tensor.detach().cpu().numpy() * factors
+    return draw_boxes(canvas, boxes, labels, colors, keypoints=keypoints, metadata=metadata)
+
+
+def _draw_annotations(
+    image: np.ndarray,
+    annotations: list[dict],
+    metadata: Metadata | None,
+    scale: float,
+    name: str,
+    shown: Sequence[str],
+) -> np.ndarray:
+    """As :func:`draw_instances`, for ground truth; ``shown`` are fields of predictions."""
+    style = ClassStyle(metadata)
+    canvas, factors = _enlarged(image, scale)
+    boxes, classes, crowd = _read_annotations(annotations, name)
+    labels = [
+        style.name(c) + (" (crowd)" if d else "") for c, d in zip(classes, crowd, strict=True)
+    ]
+    colors = [style.color(c) for c in classes]
+    drawn, keypoints = canvas, []
+    if "pred_masks" in shown:
+        drawn = draw_masks(drawn, _read_masks(annotations, canvas, factors), colors)
+    if "pred_keypoints" in shown:
+        keypoints = [_points(a["keypoints"], factors) for a in annotations if "keypoints" in a]
+    return draw_boxes(drawn, boxes * factors, labels, colors, crowd, keypoints, metadata)
+
+
+def _enlarged(image: np.ndarray, scale: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The enlarged image, and the factors (4,) of a box, x and y and once more."""
+    canvas = enlarge(image, enlargement(image.shape) if scale is None else scale)
+    # Sides are rounded to whole pixels, so the exact factors differ a little from `scale`.
+    return canvas, np.tile(np.divide(canvas.shape[1::-1], image.shape[1::-1]), 2)
+
+
 def draw_pair(
     image: np.ndarray,
     ground_truth: list[dict] | None,
@@ -263,47 +333,22 @@ def draw_pair(
     Raises:
         UserError: an annotation that is no axis-aligned box, or an impossible scale.
     """
-    style = ClassStyle(metadata)
     scale = enlargement(image.shape) if scale is None else scale
-    canvas = enlarge(image, scale)
-    # Sides are rounded to whole pixels, so the exact factors differ a little from `scale`.
-    factors = np.divide(canvas.shape[1::-1], image.shape[1::-1])
-    factors = np.concatenate([factors, factors])
     size = f"{image.shape[1]} \N{MULTIPLICATION SIGN} {image.shape[0]}"
     if scale != 1:
         size += f", shown \N{MULTIPLICATION SIGN}{scale:g}"
-    panels = []
+    style, panels = ClassStyle(metadata), []
     if ground_truth is not None:
-        boxes, classes, crowd = _read_annotations(ground_truth, name)
-        labels = [
-            style.name(c) + (" (crowd)" if d else "") for c, d in zip(classes, crowd, strict=True)
-        ]
-        colors = [style.color(c) for c in classes]
-        drawn, keypoints = canvas, []
-        if predictions is None or predictions.has("pred_masks"):
-            drawn = draw_masks(drawn, _read_masks(ground_truth, canvas, factors), colors)
-        if predictions is None or predictions.has("pred_keypoints"):
-            keypoints = [_points(a["keypoints"], factors) for a in ground_truth if "keypoints" in a]
-        drawn = draw_boxes(drawn, boxes * factors, labels, colors, crowd, keypoints, metadata)
+        # Masks and keypoints only where the other side can have them, too.
+        fields = ("pred_masks", "pred_keypoints")
+        shown = [x for x in fields if predictions is None or predictions.has(x)]
+        drawn = _draw_annotations(image, ground_truth, metadata, scale, name, shown)
+        classes = [int(a["category_id"]) for a in ground_truth]
         panels.append(_with_caption(drawn, "Ground truth", [name, size], classes, style))
     if predictions is not None:
-        boxes = predictions.pred_boxes.tensor.detach().cpu().numpy()
-        classes = predictions.pred_classes.tolist()
-        labels = [
-            f"{style.name(c)} {s:.0%}"
-            for c, s in zip(classes, predictions.scores.tolist(), strict=True)
-        ]
-        colors = [style.color(c) for c in classes]
-        drawn, keypoints = canvas, []
-        if predictions.has("pred_masks"):
-            drawn = draw_masks(drawn, predictions.pred_masks.detach().cpu().numpy(), colors)
-        if predictions.has("pred_keypoints"):
-            points = predictions.pred_keypoints.detach().cpu().numpy()
-            keypoints = [_points(x, factors) for x in points]
-        drawn = draw_boxes(
-            drawn, boxes * factors, labels, colors, keypoints=keypoints, metadata=metadata
-        )
+        drawn = draw_instances(image, predictions, metadata, scale)
         remarks = [note] if panels else [note, name, size]
+        classes = predictions.pred_classes.tolist()
         panels.append(_with_caption(drawn, "Predictions", remarks, classes, style))
     if not panels:
         raise ValueError("draw_pair: neither ground truth nor predictions were given")

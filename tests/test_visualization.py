@@ -13,6 +13,7 @@ from cbbl_d2.visualization import (  # noqa: E402
     ClassStyle,
     contact_sheet,
     draw_boxes,
+    draw_instances,
     draw_masks,
     draw_pair,
     enlarge,
@@ -151,6 +152,18 @@ def test_a_pair_takes_its_boxes_in_any_mode_and_enlarges_by_itself():
     first, second = (draw_pair(image, a, None) for a in (as_corners, as_size))
     assert np.array_equal(first, second)
     assert first.shape[1] == 4 * 200 and first.shape[0] > 4 * 150
+
+
+def test_predictions_alone_are_the_panel_of_a_pair():
+    found = instances([[10, 20, 30, 50]], [1], [0.9])
+    found.pred_masks = torch.from_numpy(ring_mask())[None]
+    found.pred_keypoints = torch.tensor(POINTS).reshape(1, 4, 3)
+    image = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
+    for scale, height in ((None, 700), (1.5, 150)):
+        drawn = draw_instances(image, found, POINTS_METADATA, scale)
+        assert len(drawn) == height
+        pair = draw_pair(image, None, found, POINTS_METADATA, scale)
+        assert np.array_equal(pair[-height:], drawn)
 
 
 def test_a_side_that_is_not_there_is_left_out():
