@@ -6,39 +6,30 @@ and write what it finds: pictures, COCO results, CSV, and labels that annotation
     python tools/predict.py --weights output/x/model_best.pth --input photo.jpg folder clip.mp4
     python tools/predict.py --weights output/x/model_best.pth --input 'scans/*.tif' --slice 320
     python tools/predict.py --weights output/x/model_best.pth --dataset my_val --slice 320
+    python tools/predict.py --weights output/x/model_best.pth --dataset my_val --num-images 20
 
 The config is the one that the training has stored beside the checkpoint. Written to --output:
 
-    pictures/            the images with the boxes drawn; videos/ the same of videos
+    pictures/            the images with the boxes drawn, beside the ground truth of a data set;
+                         videos/ the same of videos
     predictions.json     COCO results: [{image_id, category_id, bbox, score}, ...]
     annotations.json     COCO annotations with images and categories, for CVAT and Label Studio
     predictions.csv      one line for each box
     yolo/                labels/*.txt, classes.txt and data.yaml
 
-With --dataset, AP and APvs are computed as train_net.py does, and go to metrics.json.
+With --dataset, AP and APvs are computed as train_net.py does, and go to metrics.json, unless
+--num-images leaves images out.
 """
 
 import argparse
-import contextlib
-import io
 import os
-import sys
-from collections.abc import Callable
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-import cv2
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Instances
 from detectron2.utils.logger import create_small_table, setup_logger
-from tqdm import tqdm
 
-from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.inference import (
     BatchPredictor,
@@ -46,41 +37,21 @@ from cbbl_d2.inference import (
     ImageResult,
     find_classes,
     load_inference_config,
-    to_detections,
 )
-from cbbl_d2.inference.arguments import number
-from cbbl_d2.inference.sources import (
-    Frame,
-    batches,
-    count_frames,
-    find_files,
-    is_video,
-    read_frames,
-    relative_names,
-    unique_stems,
-)
-from cbbl_d2.inference.video import VideoWriter, video_writers
-from cbbl_d2.inference.writers import (
-    open_whole,
-    write_coco_annotations,
-    write_coco_results,
-    write_csv,
-    write_json,
-    write_yolo,
-)
+from cbbl_d2.inference.arguments import add_opts, add_pictures, add_source, add_threshold, number
+from cbbl_d2.inference.folder import make_folder, parts_with_files
+from cbbl_d2.inference.metrics import DatasetMetrics
+from cbbl_d2.inference.pictures import Pictures
+from cbbl_d2.inference.results import Results
+from cbbl_d2.inference.run import Predictor, predict_all
+from cbbl_d2.inference.slicing import build_sliced_predictor
+from cbbl_d2.inference.sources import Source, find_source
+from cbbl_d2.inference.writers import WRITERS
 from cbbl_d2.messages import count, listed
-from cbbl_d2.visualization import (
-    ClassStyle,
-    draw_boxes,
-    draw_masks,
-    draw_pair,
-    enlarge,
-    enlargement,
-)
 
-FORMATS = ("pictures", "results", "annotations", "csv", "yolo")
-# More than any image has: the metric then counts every detection.
-ALL_DETECTIONS = 10**6
+FORMATS = ("pictures", *WRITERS)
+# The lowest score, unless AP needs them all.
+THRESHOLD = 0.5
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -93,14 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="config of the model; default: config.yaml beside the checkpoint",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input",
-        nargs="+",
-        metavar="PATH",
-        help="images, videos, folders of them, or glob patterns such as 'folder/*.jpg'",
-    )
-    source.add_argument("--dataset", metavar="NAME", help="registered data set, to get its AP")
+    add_source(parser, "images, videos, folders of them, or glob patterns such as 'folder/*.jpg'")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -111,16 +75,12 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=FORMATS,
         metavar="FORMAT",
-        help=f"of {', '.join(FORMATS)}; default: all, for --dataset all but pictures",
+        help=f"of {', '.join(FORMATS)}; default: all, for a whole --dataset all but pictures",
     )
-    parser.add_argument(
-        "--confidence-threshold",
-        "--score-threshold",
-        dest="confidence_threshold",
-        type=number(float, 0, 1),
-        metavar="SCORE",
-        help="lowest score of a prediction (default: 0.5; for --dataset that of the config, which "
-        "AP needs, and 0.5 in pictures)",
+    add_threshold(
+        parser,
+        f"lowest score of a prediction (default: {THRESHOLD}; for a whole --dataset that of the "
+        f"config, which AP needs, and {THRESHOLD} in pictures)",
     )
     parser.add_argument(
         "--batch-size",
@@ -136,13 +96,15 @@ def get_parser() -> argparse.ArgumentParser:
         help="names of the classes in the order of training, or one text file with a name in each "
         "line; default: those of the data set of the training",
     )
-    parser.add_argument(
-        "--scale",
-        type=number(float, 0.01, 100),
-        metavar="FACTOR",
-        help="enlargement of the pictures; default: the smallest whole factor that makes the short "
-        "side 600 pixels or more",
+    add_pictures(
+        parser, "predict on at most N files, evenly spread; default: all. No AP for a data set"
     )
+    add_slicing(parser)
+    add_opts(parser)
+    return parser
+
+
+def add_slicing(parser: argparse.ArgumentParser) -> None:
     slicing = parser.add_argument_group("large images (needs the package sahi)")
     slicing.add_argument(
         "--slice",
@@ -154,30 +116,28 @@ def get_parser() -> argparse.ArgumentParser:
         "--overlap",
         type=number(float, 0, 0.9),
         metavar="SHARE",
-        help="of neighbouring slices (default: 0.2)",
+        help="of neighboring slices (default: 0.2)",
     )
     slicing.add_argument(
         "--no-whole-image",
         action="store_true",
         help="predict on the slices alone, and not also on the whole image",
     )
-    parser.add_argument(
-        "--opts",
-        help="Modify config options using the command-line 'KEY VALUE' pairs",
-        default=[],
-        nargs=argparse.REMAINDER,
-    )
-    return parser
+
+
+def has_metrics(args: argparse.Namespace) -> bool:
+    return args.dataset is not None and args.num_images is None
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    threshold = args.confidence_threshold
-    if threshold is None and args.dataset is None:
-        threshold = 0.5
-    cfg = load_inference_config(args.weights, args.config_file, args.opts, threshold)
-    set_num_classes(cfg, eval_only=True)
     if args.slice is None and (args.overlap is not None or args.no_whole_image):
         raise UserError("--overlap and --no-whole-image belong to --slice: give it, too")
+    threshold = args.confidence_threshold
+    if threshold is None and not has_metrics(args):
+        threshold = THRESHOLD
+    cfg = load_inference_config(
+        args.weights, args.config_file, args.opts, threshold, dataset=args.dataset
+    )
     if args.slice is not None and cfg.MODEL.MASK_ON:
         print("--slice: boxes without masks, which are not put together across slices")
         cfg.MODEL.MASK_ON = False
@@ -185,187 +145,88 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def build_predictor(cfg: CfgNode, args: argparse.Namespace) -> Callable:
-    """From a list of RGB images to a list of Instances."""
+def build_predictor(cfg: CfgNode, args: argparse.Namespace) -> Predictor:
     if args.slice is None:
         return BatchPredictor(cfg)
-    try:
-        from cbbl_d2.inference.sliced import SlicedPredictor
-    except ModuleNotFoundError as e:
-        raise UserError(
-            f"--slice needs the package sahi, but {e.name} is not installed: see "
-            "docs/large_images.md, or pip install -e '.[sahi]'"
-        ) from e
-    short_side = cfg.INPUT.MIN_SIZE_TEST
-    if short_side == 0 and not args.no_whole_image:
-        print(
-            "--slice with INPUT.MIN_SIZE_TEST 0: the whole image is predicted on at its full size, "
-            "too, which takes its memory; --no-whole-image leaves that out"
-        )
-    if 0 < short_side < args.slice:
-        print(
-            f"--slice {args.slice}: the config shrinks each slice to {short_side} pixels; "
-            f"--slice {short_side}, or --opts INPUT.MIN_SIZE_TEST 0, keeps small objects as they "
-            "are"
-        )
-    return SlicedPredictor(
-        BatchPredictor(cfg),
-        args.slice,
-        overlap=0.2 if args.overlap is None else args.overlap,
-        batch_size=args.batch_size,
-        whole_image=not args.no_whole_image,
+    overlap = 0.2 if args.overlap is None else args.overlap
+    return build_sliced_predictor(
+        cfg, args.slice, overlap, not args.no_whole_image, args.batch_size
     )
 
 
-# -- predicting ------------------------------------------------------------------------------------
+def build_pictures(
+    folder: str, source: Source, classes: Classes, args: argparse.Namespace
+) -> Pictures:
+    threshold = args.confidence_threshold
+    return Pictures(
+        os.path.join(folder, "pictures"),
+        source.files,
+        classes.metadata,
+        threshold=THRESHOLD if threshold is None else threshold,
+        above=THRESHOLD if threshold is None and has_metrics(args) else None,
+        scale=args.scale,
+        ground_truth=not args.no_ground_truth,
+        video_folder=os.path.join(folder, "videos"),
+    )
 
 
-class Drawing:
-    """Pictures of images and videos in the folder of the output."""
+# -- what is printed -------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        folder: str,
-        names: list[str],
-        classes: Classes,
-        threshold: float,
-        scale: float | None,
-        writers: dict[str, VideoWriter],
-    ):
-        self._folder = folder
-        self._stems = dict(zip(names, unique_stems(names), strict=True))
-        self._metadata = classes.metadata
-        self._style = ClassStyle(classes.metadata)
-        self._threshold = threshold
-        self._scale = scale
-        self._writers = writers
 
-    def draw(self, frame: Frame, instances: Instances) -> None:
-        """
-        Raises:
-            UserError: the picture would be too large, or cannot be written.
-        """
-        instances = instances[instances.scores >= self._threshold]
-        if frame.video is not None:
-            self._draw_frame(frame, instances)
-            return
-        picture = draw_pair(
-            frame.image,
-            None,
-            instances,
-            self._metadata,
-            scale=self._scale,
-            name=os.path.basename(frame.file_name),
-            note=f"score \N{GREATER-THAN OR EQUAL TO} {self._threshold:g}",
+def say_class_names(classes: Classes) -> None:
+    if classes.source:
+        print(f"Class names: {classes.source}")
+        return
+    print(
+        "The names of the classes are neither beside the checkpoint nor with a data set on this "
+        'machine: they are numbered "class 0", "class 1", ...; name them with --class-names'
+    )
+
+
+def say_earlier_files(folder: str) -> None:
+    left = parts_with_files(folder, ("pictures", "videos", "yolo/labels"))
+    if left:
+        print(
+            f"{folder}: {listed(left)} {'has' if len(left) == 1 else 'have'} files of an earlier "
+            "prediction, which stay unless this one writes files of the same names"
         )
-        path = os.path.join(self._folder, "pictures", f"{self._stems[frame.file_name]}.png")
-        with open_whole(path, "wb") as f:
-            f.write(cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
-
-    def _draw_frame(self, frame: Frame, instances: Instances) -> None:
-        """Without the caption of a picture, whose height is not the same for all frames."""
-        scale = enlargement(frame.image.shape) if self._scale is None else self._scale
-        canvas = enlarge(frame.image, scale)
-        factors = np.tile(np.divide(canvas.shape[1::-1], frame.image.shape[1::-1]), 2)
-        classes = instances.pred_classes.tolist()
-        colors = [self._style.color(c) for c in classes]
-        keypoints = []
-        if instances.has("pred_masks"):
-            canvas = draw_masks(canvas, instances.pred_masks.numpy(), colors)
-        if instances.has("pred_keypoints"):
-            keypoints = [x * [*factors[:2], 1] for x in instances.pred_keypoints.numpy()]
-        labels = [f"{self._style.name(c)} {s:.0%}" for c, s in zip(classes, instances.scores)]
-        boxes = instances.pred_boxes.tensor.numpy() * factors
-        canvas = draw_boxes(
-            canvas, boxes, labels, colors, keypoints=keypoints, metadata=self._metadata
-        )
-        if frame.video not in self._writers:
-            path = os.path.join(self._folder, "videos", f"{os.path.dirname(frame.file_name)}.mp4")
-            self._writers[frame.video] = VideoWriter(path, frame.fps)
-        self._writers[frame.video].write(canvas)
 
 
-def predict_all(
-    records: list[dict],
-    names: list[str],
-    predictor: Callable,
-    batch_size: int,
-    drawing: Drawing | None,
-    take: Callable[[Frame, Instances], None],
-) -> int:
+def say_what_is_found(
+    results: list[ImageResult], folder: str, skipped: int, pictures: Pictures, limit: int | None
+) -> None:
     """
     Args:
-        records: dataset dicts, of which only "file_name" must be there.
-        names: their relative file names.
-        take: gets each image with its predictions.
-
-    Returns:
-        how many files had to be skipped; each of them is named on stderr.
+        limit: objects that the model reports for an image at most; None: not known.
     """
-    skipped = []
-
-    def skip(line: str) -> None:
-        skipped.append(line)
-        tqdm.write(f"skipped: {line}", file=sys.stderr)
-
-    files = [r["file_name"] for r in records]
-    unit = "frame" if any(map(is_video, files)) else "image"
-    with tqdm(total=count_frames(files), unit=unit) as bar:
-        for batch in batches(read_frames(records, names, skip), batch_size):
-            for frame, instances in zip(batch, predictor([f.image for f in batch]), strict=True):
-                if drawing is not None:
-                    drawing.draw(frame, instances)
-                take(frame, instances)
-                bar.update()
-    return len(skipped)
+    objects = sum(len(r.detections) for r in results)
+    print(
+        f"{count(objects, 'object', 'objects')} in {count(len(results), 'image', 'images')}, "
+        f"written to {folder}"
+        + (f", {skipped} skipped" if skipped else "")
+        + (f", {pictures.skipped.count} not drawn" if pictures.skipped.count else "")
+    )
+    full = 0 if limit is None else sum(len(r.detections) >= limit for r in results)
+    if full:
+        print(
+            f"{count(full, 'image has', 'images have')} {limit} objects, as many as "
+            "TEST.DETECTIONS_PER_IMAGE allows: there may be more, raise it with --opts or use "
+            "--slice"
+        )
 
 
-def build_evaluator(cfg: CfgNode, name: str, sliced: bool, folder: str) -> COCOEvaluator:
-    """That of train_net.py, for the AP and APvs of predictions for whole images."""
-    if sliced:
-        # Each slice has the model's limit, and an image any number of slices. The metric has to
-        # count all the objects that it is given.
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.TEST.DETECTIONS_PER_IMAGE = ALL_DETECTIONS
-    has_file = MetadataCatalog.get(name).get("json_file", None) is not None
-    evaluator = build_coco_evaluator(cfg, name, None if has_file else folder)
-    evaluator.reset()
-    return evaluator
-
-
-def make_folder(folder: str, files: list[str]) -> None:
+def finish_metrics(metrics: DatasetMetrics, folder: str, dataset: str, skipped: int) -> None:
     """
     Raises:
-        UserError: it cannot be made, or what is written there might replace the files.
+        UserError: images are missing, or the file cannot be written.
     """
-    folders = {os.path.realpath(os.path.dirname(x)) for x in files}
-    for part in ("pictures", "videos"):
-        written = os.path.realpath(os.path.join(folder, part))
-        if any(os.path.commonpath([written, x]) == written for x in folders):
-            raise UserError(f"{folder}: files to predict on are in it, choose another --output")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be made a folder ({e.strerror})") from e
-
-
-def _has_files(folder: str) -> bool:
-    return os.path.isdir(folder) and any(os.scandir(folder))
-
-
-def write_files(
-    folder: str, formats: list[str], results: list[ImageResult], classes: Classes
-) -> None:
-    writers = {
-        "results": ("predictions.json", write_coco_results),
-        "annotations": ("annotations.json", write_coco_annotations),
-        "csv": ("predictions.csv", write_csv),
-        "yolo": ("yolo", write_yolo),
-    }
-    for key, (name, write) in writers.items():
-        if key in formats:
-            write(os.path.join(folder, name), results, classes)
+    if skipped:
+        raise UserError(
+            f"{dataset}: no AP, because {skipped} of its images cannot be read: restore them"
+        )
+    for task, numbers in metrics.write(os.path.join(folder, "metrics.json")).items():
+        table = create_small_table({k: numbers[k] for k in AP_COLUMNS if k in numbers})
+        print(f"{task}\n{table}")
 
 
 @one_line_errors
@@ -374,91 +235,41 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="cbbl_d2")
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
-    root = None
-    if args.dataset is not None:
-        check_registered(args.dataset, "--dataset")
-        records = load_dataset(args.dataset)
-        root = MetadataCatalog.get(args.dataset).get("image_root", None)
-    else:
-        records = [{"file_name": x} for x in find_files(args.input)]
-    files = [r["file_name"] for r in records]
-    names = relative_names(files, root)
+    source = find_source(args.input, args.dataset)
     classes = find_classes(cfg, args.class_names, args.dataset)
-    if classes.source:
-        print(f"Class names: {classes.source}")
-    else:
-        print(
-            "The names of the classes are neither beside the checkpoint nor with a data set on "
-            'this machine: they are numbered "class 0", "class 1", ...; name them with '
-            "--class-names"
-        )
-    formats = args.formats or [f for f in FORMATS if f != "pictures" or args.dataset is None]
+    say_class_names(classes)
     folder = args.output or os.path.join(os.path.dirname(args.weights), "predictions")
     predictor = build_predictor(cfg, args)
-    make_folder(folder, files)
-    left = [x for x in ("pictures", "videos", "yolo/labels") if _has_files(f"{folder}/{x}")]
-    if left:
-        print(
-            f"{folder}: {listed(left)} {'has' if len(left) == 1 else 'have'} files of an earlier "
-            "prediction, which stay unless this one writes files of the same names"
-        )
+    make_folder(folder, source.files, ("pictures", "videos"))
+    say_earlier_files(folder)
 
-    evaluator = None
+    is_sliced = args.slice is not None
+    source = source.spread(args.num_images)
+    results, metrics = Results(), None
+    pictures = build_pictures(folder, source, classes, args)
+    formats = args.formats or [x for x in FORMATS if x != "pictures" or not has_metrics(args)]
+    takers = [pictures.take] if "pictures" in formats else []
+    takers.append(results.take)
+    if has_metrics(args):
+        metrics = DatasetMetrics(cfg, args.dataset, folder, is_sliced)
+        takers.append(metrics.take)
+    with pictures:
+        skipped = predict_all(source, predictor, takers, args.batch_size)
+
+    found = results.in_order()
+    if not found:
+        raise UserError(f"none of the {skipped} files could be read, see the lines above")
+    for name, write in (WRITERS[x] for x in formats if x in WRITERS):
+        write(os.path.join(folder, name), found, classes)
+    limit = None if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
+    say_what_is_found(found, folder, skipped, pictures, limit)
+    if metrics is not None:
+        finish_metrics(metrics, folder, args.dataset, skipped)
+        return
     if args.dataset is not None:
-        evaluator = build_evaluator(cfg, args.dataset, args.slice is not None, folder)
-    results: dict[int, ImageResult] = {}
-
-    def take(frame: Frame, instances: Instances) -> None:
-        image_id = frame.index + 1 if frame.record is None else frame.record["image_id"]
-        results[frame.index] = ImageResult(
-            image_id, frame.file_name, *frame.image.shape[:2], to_detections(instances, image_id)
-        )
-        if evaluator is not None:
-            evaluator.process([frame.record], [{"instances": instances}])
-
-    threshold = 0.5 if args.confidence_threshold is None else args.confidence_threshold
-    with video_writers() as writers:
-        drawing = None
-        if "pictures" in formats:
-            drawing = Drawing(folder, names, classes, threshold, args.scale, writers)
-        num_skipped = predict_all(records, names, predictor, args.batch_size, drawing, take)
-    if not results:
-        raise UserError(f"none of the {num_skipped} files could be read, see the lines above")
-    ordered = [results[i] for i in sorted(results)]
-    write_files(folder, formats, ordered, classes)
-    num_boxes = sum(len(r.detections) for r in ordered)
-    print(
-        f"{count(num_boxes, 'object', 'objects')} in {count(len(ordered), 'image', 'images')}, "
-        f"written to {folder}" + (f", {num_skipped} skipped" if num_skipped else "")
-    )
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    full = sum(len(r.detections) >= limit for r in ordered) if args.slice is None else 0
-    if full:
-        print(
-            f"{count(full, 'image has', 'images have')} {limit} objects, as many as "
-            "TEST.DETECTIONS_PER_IMAGE allows: there may be more, raise it with --opts or use "
-            "--slice"
-        )
-    if evaluator is not None:
-        if num_skipped:
-            raise UserError(
-                f"{args.dataset}: no AP, because {num_skipped} of its images cannot be read: "
-                "restore them"
-            )
-        with contextlib.redirect_stdout(io.StringIO()):
-            metrics = evaluator.evaluate()
-        write_json(os.path.join(folder, "metrics.json"), metrics)
-        for task, numbers in metrics.items():
-            print(
-                task
-                + "\n"
-                + create_small_table({k: numbers[k] for k in AP_COLUMNS if k in numbers})
-            )
-    elif not num_boxes:
-        print(
-            f"No prediction has a score of {threshold:g} or more: try a lower "
-            "--confidence-threshold"
-        )
+        print(f"{args.dataset}: no AP, which needs all its images: leave out --num-images")
+    if not any(r.detections for r in found):
+        print(pictures.nothing_found())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ the slice. Boxes keep their fractions of pixels. Masks and keypoints are left ou
 import argparse
 import json
 import os
-import sys
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import numpy as np
@@ -29,7 +28,9 @@ from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
 from cbbl_d2.inference.arguments import number
-from cbbl_d2.inference.sources import read_frames
+from cbbl_d2.inference.frames import Skipped, read_frames
+from cbbl_d2.inference.slicing import sahi_is_missing
+from cbbl_d2.inference.sources import Source
 from cbbl_d2.messages import count
 
 
@@ -48,7 +49,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=number(float, 0, 0.9),
         default=0.2,
         metavar="SHARE",
-        help="of neighbouring slices (default: 0.2); let it be larger than most objects, so that "
+        help="of neighboring slices (default: 0.2); let it be larger than most objects, so that "
         "each is whole in a slice",
     )
     parser.add_argument(
@@ -84,13 +85,9 @@ def usable(content: dict, images: str) -> dict:
         }
         for id, image in entries.items()
     ]
-    skipped = []
-
-    def skip(line: str) -> None:
-        skipped.append(line)
-        tqdm.write(f"skipped: {line}", file=sys.stderr)
-
-    frames = read_frames(records, [image["file_name"] for image in content["images"]], skip)
+    skipped = Skipped()
+    names = [image["file_name"] for image in content["images"]]
+    frames = read_frames(Source(records, names), skipped)
     bar = tqdm(frames, total=len(records), desc="Checking", unit="image")
     by_id = {f.record["image_id"]: entries[f.record["image_id"]] for f in bar}
     if not by_id:
@@ -104,9 +101,9 @@ def usable(content: dict, images: str) -> dict:
         if box[2] * box[3] >= 1:  # sahi divides by the area in whole pixels
             annotations.append({**annotation, "bbox": box})
     dropped = len(content["annotations"]) - len(annotations)
-    if skipped or dropped:
+    if skipped.count or dropped:
         print(
-            f"{count(len(skipped), 'image', 'images')} and {count(dropped, 'box', 'boxes')} left "
+            f"{count(skipped.count, 'image', 'images')} and {count(dropped, 'box', 'boxes')} left "
             "out: images that cannot be read, boxes on them, without an area or under 1 pixel"
         )
     return {
@@ -145,10 +142,7 @@ def slice_dataset(
     try:
         from sahi.slicing import slice_coco
     except ModuleNotFoundError as e:
-        raise UserError(
-            f"this needs the package sahi, but {e.name} is not installed: see "
-            "docs/large_images.md, or pip install -e '.[sahi]'"
-        ) from e
+        raise sahi_is_missing("this", e) from e
     annotations = content["annotations"]
     # sahi hands on box and category alone, makes a polygon of whole pixels into the box where there
     # is one, and counts areas in whole pixels: too coarse for objects of a few. With a category for

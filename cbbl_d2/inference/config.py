@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 
 from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_registered, set_num_classes
 from cbbl_d2.engine.cli import load_config
 from cbbl_d2.errors import ConfigError, UserError
 
@@ -42,35 +43,51 @@ def find_config(weights: str) -> str:
 
 
 def load_inference_config(
-    weights: str,
+    weights: str | None,
     config_file: str | None = None,
     opts: Sequence[str] = (),
     score_threshold: float | None = None,
+    dataset: str | None = None,
 ) -> CfgNode:
     """
     The config to run a checkpoint with. The data sets that it names are registered, but their files
-    need not exist.
+    need not exist, unless the number of classes is 0, "from the data".
 
     Args:
-        weights: path of a checkpoint; becomes ``MODEL.WEIGHTS``.
+        weights: path of a checkpoint; becomes ``MODEL.WEIGHTS``. None: that of ``config_file``.
         config_file: a YAML config; None: the one stored beside the checkpoint.
         opts: ``[key, value, ...]``, on top of it.
         score_threshold: lowest score of a prediction; None: the config's.
+        dataset: name of the data set to predict on, in place of ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: see :func:`cbbl_d2.engine.load_config`.
+        ConfigError: see :func:`cbbl_d2.engine.load_config` and
+            :func:`cbbl_d2.data.dataset_checks.set_num_classes`, or the data set is not registered.
         UserError: see :func:`find_config`, or there are no weights.
     """
-    if "://" not in weights and not os.path.isfile(weights):
-        raise UserError(f"{weights}: no such weights file (--weights)")
-    cfg = load_config(config_file or find_config(weights), list(opts))
+    if config_file is None:
+        _check_weights_file(weights)
+        config_file = find_config(weights)
+    cfg = load_config(config_file, list(opts))
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = weights
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights: give --weights, e.g. --weights OUTPUT_DIR/model_final.pth")
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
-    cfg.MODEL.WEIGHTS = weights
     if score_threshold is not None:
         set_score_threshold(cfg, score_threshold)
     register_from_config(cfg)
+    if dataset is not None:
+        check_registered(dataset, "--dataset")
+        cfg.DATASETS.TEST = (dataset,)
+    set_num_classes(cfg, eval_only=True)
     return cfg
+
+
+def _check_weights_file(weights: str) -> None:
+    if "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"{weights}: no such weights file (--weights)")
 
 
 def _is_lazy(path: str) -> bool:

@@ -7,6 +7,8 @@ import torch
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
+from .frames import Frame
+
 # What instances_to_coco_json writes itself, and the heat maps of keypoints, which are images.
 _KNOWN = ("pred_boxes", "scores", "pred_classes", "pred_masks", "pred_keypoints")
 _LEFT_OUT = (*_KNOWN, "pred_keypoint_heatmaps")
@@ -27,6 +29,27 @@ class ImageResult:
     height: int
     width: int
     detections: list[dict]
+
+
+class Results:
+    """Collects predictions, to be written when all are there."""
+
+    def __init__(self) -> None:
+        self._by_index: dict[int, ImageResult] = {}
+
+    def take(self, frame: Frame, instances: Instances) -> None:
+        """
+        Args:
+            instances: predictions for the frame, on the CPU.
+        """
+        image_id = (frame.record or {}).get("image_id", frame.index + 1)
+        self._by_index[frame.index] = ImageResult(
+            image_id, frame.file_name, *frame.image.shape[:2], to_detections(instances, image_id)
+        )
+
+    def in_order(self) -> list[ImageResult]:
+        """One for each image and each frame, in the order of the source."""
+        return [self._by_index[i] for i in sorted(self._by_index)]
 
 
 def to_detections(instances: Instances, image_id: int) -> list[dict]:

@@ -1,5 +1,5 @@
 """
-Sliced inference with sahi (pip install sahi): a large image is cut into overlapping slices, the
+Sliced inference with sahi (docs/large_images.md): a large image is cut into overlapping slices, the
 detector sees each of them, and what it finds is put together. sahi cuts and puts together; here is
 the adapter that lets it run the detectors of this project, and any other of Detectron2.
 
@@ -67,9 +67,9 @@ class CBBLDetectionModel(DetectionModel):
     overrides it.
 
     Attributes:
-        min_overlap: by how many pixels neighbouring slices overlap, at least. What touches the edge
-            of a slice towards a neighbour, and reaches less far into it than this, is a piece of an
-            object that the neighbour shows in full, and is left out. 0 (the default) keeps all.
+        min_overlap: by how many pixels neighboring slices overlap, at least. What touches the edge
+            of a slice towards a neighbor, and reaches less far into it than this, is a piece of an
+            object that the neighbor shows in full, and is left out. 0 (the default) keeps all.
     """
 
     min_overlap = 0
@@ -152,17 +152,17 @@ class CBBLDetectionModel(DetectionModel):
         ]
 
     def _is_piece(self, instances: Instances, shift: list, shape: list) -> torch.Tensor:
-        """(N,) bool: an edge may cut the object, and the neighbour behind it shows all of it."""
+        """(N,) bool: an edge may cut the object, and the neighbor behind it shows all of it."""
         (height, width), (x, y), (full_height, full_width) = instances.image_size, shift, shape
         x_min, y_min, x_max, y_max = instances.pred_boxes.tensor.unbind(dim=1)
         is_piece = torch.zeros(len(instances), dtype=torch.bool)
-        for has_neighbour, distance, reach in (
+        for has_neighbor, distance, reach in (
             (x > 0, x_min, x_max),
             (y > 0, y_min, y_max),
             (x + width < full_width, width - x_max, width - x_min),
             (y + height < full_height, height - y_max, height - y_min),
         ):
-            if has_neighbour:
+            if has_neighbor:
                 is_piece |= (distance < _TOUCHING) & (reach < self.min_overlap)
         return is_piece
 
@@ -193,7 +193,7 @@ class SlicedPredictor:
             predictor: what is run on each slice, resized as its config says for images. Masks are
                 not put together, so ``MODEL.MASK_ON`` should be False.
             slice_size: side of the slices, pixels of the image.
-            overlap: of neighbouring slices, relative to their side; objects that are smaller than
+            overlap: of neighboring slices, relative to their side; objects that are smaller than
                 the overlap are whole in at least one slice.
             batch_size: slices that the model gets at once.
             whole_image: also predict on the whole image, for objects larger than a slice.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+import cv2
 import numpy as np
 from detectron2.utils.visualizer import GenericMask
 from pycocotools import mask as mask_util
@@ -18,8 +19,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 
 from .classes import Classes
+from .names import unique_stems
 from .results import ImageResult
-from .sources import unique_stems
 
 _COLUMNS = "image_id file_name class_id class score x_min y_min x_max y_max".split()
 # Fields of a detection that the columns of the CSV file hold already, or cannot hold.
@@ -42,7 +43,7 @@ def write_coco_results(path: str, results: Sequence[ImageResult], classes: Class
 
 def write_coco_annotations(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
     """
-    The format of COCO's annotations, with images and categories, which labelling tools import. The
+    The format of COCO's annotations, with images and categories, which labeling tools import. The
     ids are those of :func:`write_coco_results`. Each annotation also has its "score".
     """
     images, annotations = [], []
@@ -135,6 +136,28 @@ def write_yolo(folder: str, results: Sequence[ImageResult], classes: Classes) ->
         f.write("path: .\ntrain: images\nval: images\nnames:\n")
         # A JSON string is one of YAML, too, whatever is in the name.
         f.writelines(f"  {i}: {json.dumps(name)}\n" for i, name in enumerate(classes.names))
+
+
+# Format -> name in the folder of the output, and the function that writes it.
+WRITERS = {
+    "results": ("predictions.json", write_coco_results),
+    "annotations": ("annotations.json", write_coco_annotations),
+    "csv": ("predictions.csv", write_csv),
+    "yolo": ("yolo", write_yolo),
+}
+
+
+def write_png(path: str, picture: np.ndarray) -> None:
+    """
+    Args:
+        picture: (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    data = cv2.imencode(".png", picture[:, :, ::-1])[1]
+    with open_whole(path, "wb") as f:
+        f.write(data.tobytes())
 
 
 def write_json(path: str, content: Any) -> None:

@@ -1,38 +1,14 @@
-import os
-
-import cv2
-import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("detectron2")
 
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference.sources import (  # noqa: E402
-    Frame,
-    batches,
-    count_frames,
+    IMAGE_TYPES,
     find_files,
-    read_frames,
-    relative_names,
-    unique_stems,
+    find_source,
+    spread,
 )
-
-
-def read(paths, names=None):
-    skipped = []
-    records = [{"file_name": str(p)} for p in paths]
-    names = names or [os.path.basename(p) for p in paths]
-    return list(read_frames(records, names, skipped.append)), skipped
-
-
-def make_video(path, frames, fps=8):
-    size = frames[0].shape[1::-1]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
-    return str(path)
 
 
 def test_files_folders_and_patterns(make_image, tmp_path):
@@ -51,102 +27,21 @@ def test_words_that_stand_for_nothing(tmp_path):
         find_files([str(tmp_path / "void")])
 
 
-def test_relative_names():
-    assert relative_names(["/d/a/x.png", "/d/b/x.png"]) == ["a/x.png", "b/x.png"]
-    assert relative_names(["/d/a/x.png"]) == ["x.png"]
-    assert relative_names(["/d/a/x.png"], root="/d") == ["a/x.png"]
-    assert relative_names(["/e/x.png"], root="/d") == ["x.png"]
-    assert relative_names([]) == []
+def test_spread():
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread([1, 2], 5) == [1, 2] == spread([1, 2], None)
 
 
-def test_unique_stems():
-    assert unique_stems(["a/x.png", "b/x.png"]) == ["a/x", "b/x"]
-    assert unique_stems(["x.png", "X.jpg", "y.png"]) == ["x.png", "X.jpg", "y"]
-    hard = ["x.png", "x.jpg", "x.png.png", "x.png.jpg", "x.png"]
-    assert len({s.lower() for s in unique_stems(hard)}) == len(hard)
+def test_a_source_stays_together_when_it_is_spread(make_image, tmp_path):
+    for x in ("a/1.png", "a/2.png", "b/1.png"):
+        make_image(tmp_path / x)
+    source = find_source([str(tmp_path / "a"), str(tmp_path / "b")]).spread(2)
+    assert source.names == ["a/1.png", "a/2.png"]
+    assert source.files == [str(tmp_path / x) for x in source.names] and source.takes_videos
+    assert not find_source([str(tmp_path / "a")], types=IMAGE_TYPES).spread(1).takes_videos
 
 
-def test_images_are_turned_as_their_exif_data_say(tmp_path):
-    """Orientation 6: the rows of the file are the columns of the picture, from the right."""
-    pixels = np.zeros((4, 8, 3), np.uint8)
-    pixels[0] = (200, 100, 0)  # RGB; the upper row becomes the right column
-    image = Image.fromarray(pixels)
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.png", exif=exif)
-    (frame,), _ = read([tmp_path / "x.png"])
-    assert frame.image.shape == (8, 4, 3)
-    assert (frame.image[:, -1] == (200, 100, 0)).all() and not frame.image[:, :-1].any()
-
-
-def test_frames_of_videos_are_numbered_and_in_rgb(tmp_path):
-    colors = [(0, 0, 250), (0, 250, 0), (250, 0, 0)]  # BGR
-    frames = [np.full((32, 48, 3), color, np.uint8) for color in colors]
-    path = make_video(tmp_path / "clip.mp4", frames)
-    frames, skipped = read([path])
-    assert [f.file_name for f in frames] == [f"clip/frame_00000{i}.png" for i in range(3)]
-    for frame, color in zip(frames, colors):
-        assert np.abs(frame.image.mean((0, 1)) - color[::-1]).max() < 20
-    assert frames[0].fps == 8 and frames[0].video == path and not skipped
-    assert count_frames([path, "x.png"]) == 4
-
-
-def test_files_that_cannot_be_read_are_one_line_each(make_image, tmp_path):
-    good = make_image(tmp_path / "good.png")
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "no.mp4").write_bytes(b"no video")
-    paths = [tmp_path / x for x in ("cut.png", "empty.jpg", "no.mp4", "gone.png", "good.png")]
-    frames, skipped = read(paths)
-    assert [(f.index, f.file_name) for f in frames] == [(0, "good.png")]
-    assert [line.partition(": ")[0] for line in skipped] == [str(p) for p in paths[:4]]
-    assert not any("\n" in line for line in skipped)
-
-
-def test_an_image_of_another_size_than_annotated_is_skipped(make_image, tmp_path):
-    path = make_image(tmp_path / "x.png", 40, 60)
-    record = {"file_name": str(path), "image_id": 1, "height": 60, "width": 40}
-    skipped = []
-    assert not list(read_frames([record], ["x.png"], skipped.append))
-    assert len(skipped) == 1
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-def test_batches_are_of_one_size_and_lose_nothing(batch_size):
-    rng = np.random.default_rng(0)
-    sizes = [(2 + int(i), 3) for i in rng.integers(0, 6, 50)]
-    frames = [Frame(i, "", np.zeros((*size, 3))) for i, size in enumerate(sizes)]
-    read_so_far = []
-
-    def reading():
-        for frame in frames:
-            read_so_far.append(frame)
-            yield frame
-
-    given = []
-    for batch in batches(reading(), batch_size):
-        assert 1 <= len(batch) <= batch_size
-        assert len({f.image.shape for f in batch}) == 1
-        given += batch
-        # What waits is bounded: images can be large.
-        assert len(read_so_far) - len(given) <= 4 * batch_size
-    assert sorted(f.index for f in given) == list(range(50))
-    for size in set(sizes):
-        indices = [f.index for f in given if f.image.shape[:2] == size]
-        assert indices == sorted(indices)
-
-
-def test_images_of_more_than_8_bits_are_skipped(tmp_path):
-    """Detectron2 reads every value over 255 as white; a file of no bytes is no image at all."""
-    deep, shallow, empty = (tmp_path / x for x in ("deep.tif", "shallow.tif", "empty.png"))
-    values = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
-    Image.fromarray(values * 100).save(deep)
-    Image.fromarray(values % 256).save(shallow)  # 16 bits in the file, 8 of them used
-    empty.write_bytes(b"")
-    frames, skipped = read([deep, shallow, empty])
-    assert [f.file_name for f in frames] == ["shallow.tif"]
-    assert (frames[0].image[:, :, 0] == values % 256).all()
-    assert skipped == [
-        f"{deep}: has values over 255, which would be read as white: convert it to 8 bits",
-        f"{empty}: not an image",
-    ]
+def test_a_data_set_as_a_source():
+    source = find_source(None, "small_shapes_mini_val")
+    assert len(source.records) == len(source.names) > 1
+    assert all("annotations" in record for record in source.records)

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
+import cbbl_d2.inference.pictures  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from cbbl_d2.engine import load_config  # noqa: E402
 
@@ -25,6 +26,7 @@ TINY += ["MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.RPN.CONV_DIMS", "[8]"]
 TINY += ["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "5", "DATASETS.TRAIN", "()"]
 TINY += ["DATASETS.TEST", "('small_shapes_val',)"]
 NAME = "cbbl_test_predict"
+FORMATS = ["pictures", "results", "annotations", "csv", "yolo"]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,56 @@ def test_a_data_set_with_a_broken_image_gets_no_metrics(error, dataset, tmp_path
     assert (tmp_path / "out/predictions.json").exists()
 
 
+def test_ground_truth_beside_the_predictions_of_some_images(run, dataset, tmp_path, capsys):
+    options = ["--dataset", dataset, "--num-images", 1, "--scale", 2]
+    out = run(*options, threshold=None)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "no AP" in x]
+    assert dataset in line and "--num-images" in line
+    assert not (out / "metrics.json").exists()
+    assert files(out / "pictures") == ["1.png"] and files(out / "yolo/labels") == ["1.txt"]
+    assert cv2.imread(str(out / "pictures/1.png")).shape[1] > 2 * 2 * 60
+    # Without AP there is no reason to keep what nobody would show.
+    detections = json.loads((out / "predictions.json").read_text())
+    assert all(x["score"] > 0.5 for x in detections)
+    out = run(*options, "--no-ground-truth", output=tmp_path / "alone")
+    assert cv2.imread(str(out / "pictures/1.png")).shape[1] == 2 * 60
+
+
+def test_pictures_of_a_whole_data_set_show_half_sure_objects_alone(run, dataset, monkeypatch):
+    """AP counts all that the model lets through."""
+    shown, draw_pair = [], cbbl_d2.inference.pictures.draw_pair
+
+    def spy(image, truth, instances, *args, **kwargs):
+        shown.extend(instances.scores.tolist())
+        assert len(truth) == 1
+        return draw_pair(image, truth, instances, *args, **kwargs)
+
+    monkeypatch.setattr(cbbl_d2.inference.pictures, "draw_pair", spy)
+    opts = ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    out = run("--dataset", dataset, "--formats", *FORMATS, *opts, threshold=None)
+    scores = [x["score"] for x in json.loads((out / "predictions.json").read_text())]
+    assert len(scores) == 10 and min(scores) < 0.5
+    assert sorted(shown) == sorted(x for x in scores if x >= 0.5)
+    assert (out / "metrics.json").exists()
+
+
+def test_spread_over_the_files(run, tmp_path):
+    for i in range(4):
+        make_image(tmp_path / f"in/{i}.png")
+    out = run("--input", tmp_path / "in", "--num-images", 2)
+    assert files(out / "pictures") == ["0.png", "2.png"]
+
+
+def test_an_image_that_cannot_be_drawn_is_predicted_on_all_the_same(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    make_image(tmp_path / "in/b.png", 20, 700)
+    out = run("--input", tmp_path / "in", "--scale", 50)
+    assert files(out / "pictures") == ["a.png"]
+    printed, err = capsys.readouterr()
+    assert ", 1 not drawn" in printed and "scale 50 makes a picture" in err
+    assert {x["image_id"] for x in json.loads((out / "predictions.json").read_text())} == {1, 2}
+
+
 def test_slices(run, dataset, tmp_path):
     pytest.importorskip("sahi")
     make_image(tmp_path / "big.png", 150, 200)
@@ -255,7 +307,8 @@ def test_slicing_without_sahi(error, tool, tmp_path, monkeypatch):
 
     make_image(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "cbbl_d2.inference.sliced", None)
-    assert "sahi" in error("--input", tmp_path / "a.png", "--slice", 64)
+    line = error("--input", tmp_path / "a.png", "--slice", 64)
+    assert "sahi" in line and "pip install --no-deps 'sahi>=0.12.8,<0.13'" in line
     assert "--slice" in error("--input", tmp_path / "a.png", "--overlap", 0.3)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.data.catalog import Metadata  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
-from detectron2.structures import BoxMode  # noqa: E402
+from detectron2.structures import BoxMode, Instances  # noqa: E402
 
+import cbbl_d2.inference.pictures  # noqa: E402
 from cbbl_d2.engine.cli import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +67,26 @@ def error(run, capsys):
         return lines[0]
 
     return error
+
+
+@dataclasses.dataclass
+class Picture:
+    ground_truth: list | None
+    predictions: Instances
+    metadata: Metadata
+
+
+@pytest.fixture
+def pictures_taken(monkeypatch):
+    """A list that gets what is drawn in each picture."""
+    taken, draw_pair = [], cbbl_d2.inference.pictures.draw_pair
+
+    def spy(image, *args, **kwargs):
+        taken.append(Picture(*args))
+        return draw_pair(image, *args, **kwargs)
+
+    monkeypatch.setattr(cbbl_d2.inference.pictures, "draw_pair", spy)
+    return taken
 
 
 @pytest.fixture
@@ -129,20 +152,16 @@ def test_a_data_set_has_ground_truth_beside_predictions(run, dataset, tmp_path):
     assert cv2.imread(str(tmp_path / "alone/0.png")).shape[1] == 2 * 60
 
 
-def test_the_score_threshold(tool, run, tmp_path, monkeypatch):
-    counts, draw_pair = [], tool.draw_pair
-
-    def spy(image, ground_truth, predictions, *args, **kwargs):
-        counts.append(predictions.scores.min().item() if len(predictions) else 2)
-        return draw_pair(image, ground_truth, predictions, *args, **kwargs)
-
-    monkeypatch.setattr(tool, "draw_pair", spy)
+def test_the_score_threshold(run, pictures_taken, tmp_path):
     run("--input", make_image(tmp_path / "a.png"))
     run("--input", tmp_path / "a.png", "--score-threshold", "1.0")
+    counts = [
+        x.predictions.scores.min().item() if len(x.predictions) else 2 for x in pictures_taken
+    ]
     assert 0 <= counts[0] <= 1 and counts[1] >= 1
 
 
-def test_the_image_reaches_the_model_and_the_picture_unchanged(tool, run, tmp_path, monkeypatch):
+def test_the_image_reaches_the_model_and_the_picture_unchanged(run, tmp_path):
     """The channels are in the right order: a red image is red in the picture."""
     red = np.zeros((40, 60, 3), np.uint8)
     red[:, :, 2] = 250  # BGR
@@ -175,18 +194,11 @@ def test_nothing_but_broken_images_is_an_error(error, tmp_path):
     assert "none of the 1 images" in error("--input", tmp_path / "broken.png")
 
 
-def test_equal_names_do_not_overwrite_each_other(run, tool, tmp_path):
+def test_equal_names_do_not_overwrite_each_other(run, tmp_path):
     files = ["a/x.png", "b/x.png", "x.png", "x.jpg", "a_x.png", "overview.png"]
     files = [make_image(tmp_path / "in" / x) for x in files]
     run("--input", *files)
     assert len(pictures(tmp_path / "out")) == len(files) + 1
-
-    names = tool.picture_names([str(x) for x in files])
-    assert names[:2] == ["a_x", "b_x"]
-    assert len({x.lower() for x in names}) == len(files)
-    same = [str(files[0])] * 3 + ["/X.png", "/x.png"]
-    assert len({x.lower() for x in tool.picture_names(same)}) == 5
-    assert tool.picture_names(["/data/1.png", "/data/2.jpg"]) == ["1", "2"]
 
 
 def test_the_images_are_never_overwritten(error, tmp_path):
@@ -240,28 +252,28 @@ def test_impossible_scales(tool, scale, capsys):
     assert f"{scale}: must be a number from 0.01 to 100" in capsys.readouterr().err
 
 
-def test_spread(tool):
-    assert tool.spread(list(range(10)), 3) == [0, 3, 6]
-    assert tool.spread([1, 2], 5) == [1, 2] == tool.spread([1, 2], None)
-
-
-def test_class_names_for_plain_images(tool, tmp_path):
+def test_class_names_for_plain_images(run, pictures_taken, tmp_path):
     """From the data set that the config evaluates on, where its files are there."""
-    cfg = load_config(CONFIG, TINY)
-    assert tool.find_metadata(cfg).thing_classes[0] == "disk"
-    cfg.DATASETS.TEST = ()
-    assert tool.find_metadata(cfg) is None
+    image = make_image(tmp_path / "in/a.png")
+
+    def names(*datasets):
+        opts = ["DATASETS.TRAIN", "()", "DATASETS.TEST", str(datasets)]
+        run("--input", image, opts=opts)
+        return pictures_taken[-1].metadata.thing_classes
+
+    assert names("small_shapes_val")[0] == "disk"
+    numbered = [f"class {i}" for i in range(5)]
+    assert names() == numbered
 
     def loader():
         raise FileNotFoundError(2, os.strerror(2), "gone.json")
 
     DatasetCatalog.register(DATASET, loader)
     try:
-        cfg.DATASETS.TEST = (DATASET,)
-        assert tool.find_metadata(cfg).get("thing_classes", None) is None
+        assert names(DATASET) == numbered
     finally:
         DatasetCatalog.pop(DATASET)
-        MetadataCatalog.pop(DATASET)
+        MetadataCatalog.pop(DATASET, None)
 
 
 @pytest.mark.parametrize(
@@ -286,3 +298,20 @@ def test_the_number_of_classes_of_the_data_set_to_draw(run, dataset, tmp_path, c
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "0", "DATASETS.TEST", "('nowhere',)"]
     run("--dataset", name, opts=opts)
     assert "a.png" in pictures(tmp_path / "out")
+
+
+def test_a_video_is_a_file_that_cannot_be_read(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    (tmp_path / "in/clip.mp4").write_bytes(b"a video")
+    run("--input", tmp_path / "in/*")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"1 picture written to {tmp_path / 'out'}, 1 skipped"
+    assert "clip.mp4: not an image" in err
+
+
+def test_an_image_that_cannot_be_drawn_is_skipped(run, dataset, tmp_path, capsys):
+    name = dataset([make_image(tmp_path / f"in/{i}.png") for i in range(2)])
+    DatasetCatalog.get(name)[1]["annotations"][0]["bbox"].append(30)  # rotated
+    run("--dataset", name)
+    assert pictures(tmp_path / "out") == ["0.png"]
+    assert ", 1 skipped" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""Predictions, beside the ground truth where there is one, as pictures and videos in a folder."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+
+from cbbl_d2.errors import UserError
+from cbbl_d2.visualization import contact_sheet, draw_instances, draw_pair, shrink
+
+from .frames import Frame, Skipped
+from .names import OVERVIEW, picture_names
+from .video import VideoWriter, video_writers
+from .writers import write_png
+
+logger = logging.getLogger("cbbl_d2.pictures")
+
+# The pictures of the contact sheet are kept in memory until the end: at most 48, at this width.
+_MAX_OVERVIEW, _OVERVIEW_WIDTH = 48, 1500
+
+
+class Pictures:
+    """
+    A PNG file for each image and an MP4 file for each video, called as
+    :func:`cbbl_d2.inference.names.picture_names` says. As a context manager: videos and the contact
+    sheet are written when the block ends well.
+
+    Attributes:
+        drawn: how many pictures there are.
+        num_objects: how many predictions are drawn in them and in the videos.
+        skipped: counts the images that could not be drawn.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        files: Sequence[str],
+        metadata: Metadata,
+        *,
+        threshold: float,
+        above: float | None = None,
+        scale: float | None = None,
+        ground_truth: bool = True,
+        overview: bool = False,
+        video_folder: str | None = None,
+    ):
+        """
+        Args:
+            folder: of the pictures; it is made.
+            files: the images and videos, in the order of their ``Frame.source_index``.
+            metadata: names, colors and keypoints of the classes.
+            threshold: the lowest score of what is drawn, for the captions.
+            above: draw no prediction with a lower score: only for a model that lets through more
+                than ``threshold``, as AP needs it.
+            scale: enlargement; None: that of :func:`cbbl_d2.visualization.enlargement`.
+            ground_truth: draw that of the dataset dicts beside the predictions.
+            overview: also write ``overview.png``, a contact sheet of two pictures or more.
+            video_folder: of the videos; None: ``folder``.
+        """
+        self._folder = folder
+        self._video_folder = video_folder or folder
+        self._names = picture_names(files)
+        self._metadata = metadata
+        self._above = above
+        self._scale = scale
+        self._ground_truth = ground_truth
+        self._threshold = threshold
+        self._note = f"score \N{GREATER-THAN OR EQUAL TO} {threshold:g}"
+        self._overview = [] if overview else None
+        self._stack = contextlib.ExitStack()
+        self._videos: dict[str, VideoWriter] = {}
+        self.drawn = self.num_objects = 0
+        self.skipped = Skipped()
+
+    def __enter__(self) -> "Pictures":
+        self._videos = self._stack.enter_context(video_writers())
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        if error[0] is None:
+            self._write_overview()
+        return self._stack.__exit__(*error)
+
+    def take(self, frame: Frame, instances: Instances) -> None:
+        """
+        Draw one image, or the next frame of a video. An image that cannot be drawn is named on
+        stderr, and counted.
+
+        Args:
+            instances: on the CPU, in pixels of the image.
+
+        Raises:
+            UserError: the file cannot be written, or the frame of a video is too large to draw.
+        """
+        if self._above is not None:
+            instances = instances[instances.scores >= self._above]
+        name = self._names[frame.source_index]
+        if frame.video is not None:
+            self._take_video(frame, instances, os.path.join(self._video_folder, f"{name}.mp4"))
+            return
+        record = (frame.record or {}) if self._ground_truth else {}
+        try:
+            picture = draw_pair(
+                frame.image,
+                record.get("annotations"),
+                instances,
+                self._metadata,
+                scale=self._scale,
+                name=os.path.basename(frame.file_name),
+                note=self._note,
+            )
+        except UserError as e:
+            self.skipped(str(e))
+            return
+        write_png(os.path.join(self._folder, f"{name}.png"), picture)
+        self.drawn += 1
+        self.num_objects += len(instances)
+        if self._overview is not None and len(self._overview) < _MAX_OVERVIEW:
+            self._overview.append(shrink(picture, _OVERVIEW_WIDTH))
+
+    def nothing_found(self) -> str:
+        """A line to print where no image has a prediction."""
+        return (
+            f"No prediction has a score of {self._threshold:g} or more: try a lower "
+            "--confidence-threshold"
+        )
+
+    def _take_video(self, frame: Frame, instances: Instances, path: str) -> None:
+        """Without the caption of a picture, whose height is not the same for all frames."""
+        picture = draw_instances(frame.image, instances, self._metadata, self._scale)
+        if frame.video not in self._videos:
+            self._videos[frame.video] = VideoWriter(path, frame.fps)
+        self._videos[frame.video].write(picture)
+        self.num_objects += len(instances)
+
+    def _write_overview(self) -> None:
+        if self._overview is None or len(self._overview) < 2:
+            return
+        write_png(os.path.join(self._folder, f"{OVERVIEW}.png"), contact_sheet(self._overview))
+        if self.drawn > len(self._overview):
+            logger.info(f"{OVERVIEW}.png shows the first {len(self._overview)} pictures")
