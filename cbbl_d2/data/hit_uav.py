@@ -125,11 +125,9 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
             for name, (published_split, path, width, height) in sorted(images.items()):
                 if split != (published_split if published else by_sequence[name]):
                     continue
-                size = 2 if is_half else 1
-                file_name = _half_path(path) if is_half else path
-                image_id = writer.add_image(
-                    file_name, width // size, height // size, sequence=sequence_of(name)
-                )
+                if is_half:  # an odd size is rounded up, as by reduce() of Pillow
+                    path, width, height = _half_path(path), (width + 1) // 2, (height + 1) // 2
+                image_id = writer.add_image(path, width, height, sequence=sequence_of(name))
                 for class_id, box in boxes[name]:
                     box = [x / 2 for x in box] if is_half else box
                     writer.add_object(image_id, class_id, box)
@@ -156,9 +154,10 @@ def _read(json_file: str) -> dict:
         for entry in content["images"]:
             if isinstance(entry, dict) and "filename" in entry:
                 entry["file_name"] = entry.pop("filename")
-        for annotation in content["annotations"] or []:
-            if isinstance(annotation, dict):  # the box once more
-                annotation.pop("segmentation", None)
+        if isinstance(content["annotations"], list):
+            for annotation in content["annotations"]:
+                if isinstance(annotation, dict):  # the box once more
+                    annotation.pop("segmentation", None)
     check_structure(content, json_file)
     return content
 

@@ -91,16 +91,18 @@ class TorchvisionNetwork(Backbone):
         self._out_feature_channels = {name: stages[name][1] for name in out_features}
         self._out_feature_strides = {name: _STRIDES[name] for name in out_features}
         self._input_settings = input_settings
+        self.train()  # as every new module is; the probe of the stages was in evaluation mode
 
     def _freeze(self, part: nn.Module) -> None:
         """
         Args:
-            part: shares its layers with ``body``.
+            part: shares its layers with ``body``, which may end before it.
         """
+        names = dict(self.body.named_modules())
         for parameter in part.parameters():
             parameter.requires_grad = False
         for name, layer in part.named_modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, nn.BatchNorm2d) and name in names:
                 _replace(self.body, name, FrozenBatchNorm2d.convert_frozen_batchnorm(layer))
 
     def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -252,9 +254,12 @@ class TorchvisionWeightsHandler(PathHandler):
         file = os.path.join(folder, os.path.basename(url))
         if not os.path.isfile(file):
             os.makedirs(folder, exist_ok=True)
+            # The name of the file ends in the first digits of its hash: a file that came in part is
+            # not kept.
+            digits = os.path.splitext(file)[0].rpartition("-")[2]
             try:
-                torch.hub.download_url_to_file(url, file)
-            except OSError as e:
+                torch.hub.download_url_to_file(url, file, hash_prefix=digits)
+            except (OSError, RuntimeError) as e:
                 raise UserError(
                     f"{path}: cannot download {url} ({e}): download it elsewhere and put it into "
                     f"{folder}, or give another file as MODEL.WEIGHTS; where only PyPI can be "
@@ -313,9 +318,9 @@ def as_detector_weights(
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg, input_shape) -> FPN:
     """``MODEL.TORCHVISION`` under an FPN, with one more level by subsampling the last one."""
-    top_block = LastLevelMaxPool()
+    network, top_block = _network(cfg), LastLevelMaxPool()
     top_block.in_feature = _last_level(cfg)
-    return _fpn(cfg, _network(cfg), top_block)
+    return _fpn(cfg, network, top_block)
 
 
 @BACKBONE_REGISTRY.register()
@@ -329,18 +334,25 @@ def build_retinanet_torchvision_fpn_backbone(cfg, input_shape) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_p5_backbone(cfg, input_shape) -> FPN:
     """As FCOS has it: two more levels, by convolutions on the FPN's last level."""
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return _fpn(cfg, _network(cfg), LastLevelP6P7(channels, channels, _last_level(cfg)))
+    network, channels = _network(cfg), cfg.MODEL.FPN.OUT_CHANNELS
+    return _fpn(cfg, network, LastLevelP6P7(channels, channels, _last_level(cfg)))
 
 
 def _network(cfg) -> TorchvisionNetwork:
-    return TorchvisionNetwork(
+    network = TorchvisionNetwork(
         cfg.MODEL.TORCHVISION.NETWORK,
         cfg.MODEL.FPN.IN_FEATURES,
         norm=cfg.MODEL.TORCHVISION.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         input_settings=(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
     )
+    strides = [shape.stride for shape in network.output_shape().values()]
+    if any(after != 2 * before for before, after in zip(strides, strides[1:])):
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES = {list(cfg.MODEL.FPN.IN_FEATURES)}: each must have twice the "
+            "stride of the one before it, as c2, c3, c4 have: FPN adds neighboring levels"
+        )
+    return network
 
 
 def _last_level(cfg) -> str:
