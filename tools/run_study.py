@@ -10,7 +10,8 @@ Train several configs with several seeds and put them into one table.
 
 A study is a YAML file, see cbbl_d2/analysis/study.py. Each run is a process of train_net.py with
 an output folder of its own. Called again, this skips what is finished and resumes what is not. In
-the folder of the study it writes table.md, table.csv and plot.png.
+the folder of the study it writes table.md, table.csv and plot.png, and budget.png for runs that are
+named by their length, such as cbbl_600 and cbbl_1200.
 
 Each finished run is recorded in small text files, in the folder "results" of the study, such as
 docs/results/hit_uav. Committed, they are all that another machine needs to go on with the study,
@@ -37,7 +38,14 @@ import tqdm
 from cbbl_d2.analysis.gradient_table import gradients_of
 from cbbl_d2.analysis.study import Run, Study, all_results, load_study
 from cbbl_d2.analysis.study_record import changed_settings, commit
-from cbbl_d2.analysis.study_table import as_csv, as_markdown, plot, summarize
+from cbbl_d2.analysis.study_table import (
+    as_csv,
+    as_markdown,
+    budgets,
+    plot,
+    plot_budgets,
+    summarize,
+)
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
@@ -207,8 +215,13 @@ def write_table(study: Study) -> None:
             f.write(text)
     with atomic_write(os.path.join(study.output, "plot.png"), "wb") as f:
         plot(study, rows, f)
+    more = ""
+    if budgets(study):
+        more = ", budget.png"
+        with atomic_write(os.path.join(study.output, "budget.png"), "wb") as f:
+            plot_budgets(study, f)
     print(as_markdown(study, rows))
-    print(f"Written to {study.output}: table.md, table.csv, plot.png")
+    print(f"Written to {study.output}: table.md, table.csv, plot.png{more}")
 
 
 @one_line_errors

@@ -10,7 +10,7 @@ from typing import Dict, List, Sequence, Tuple
 import numpy as np
 
 from cbbl_d2.errors import UserError
-from cbbl_d2.messages import listed
+from cbbl_d2.messages import listed, plot_text
 
 from .study import Study
 
@@ -115,7 +115,8 @@ def summarize(study: Study) -> List[Dict]:
                 for n in (name, baseline)
             ]
             if all(len(v) == len(both) for v in vectors):
-                low_high, row["over"] = resampled_interval(*vectors), "images and seeds"
+                low_high = resampled_interval(*vectors)
+                row["over"] = "images and seeds" if len(both) > 1 else "images"
             elif len(both) > 1:
                 low_high = bootstrap_interval(differences)
                 row["over"] = row["over"] or "seeds"
@@ -145,7 +146,7 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
             cells += [_difference(row, metric) for metric in study.metrics]
         cells += [f"{row['time']:.2f}", ", ".join(map(str, row["seeds"]))]
         lines.append("| " + " | ".join(cells) + " |")
-    for over in ("images and seeds", "seeds"):
+    for over in ("images and seeds", "images", "seeds"):
         names = [row["name"] for row in rows if row["over"] == over]
         if names:
             lines += ["", f"Intervals of {', '.join(names)}: bootstrap over {over}."]
@@ -189,6 +190,57 @@ def plot(study: Study, rows: List[Dict], path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_ylim(len(rows) - 0.5, -0.5)
     axes[0].set_yticks(range(len(names)), names)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, format="png")
+
+
+def budgets(study: Study) -> Dict[str, Dict[int, List[Dict[str, float]]]]:
+    """
+    The runs that differ in the length of their training alone: those whose names end in it, such as
+    ``cbbl_600`` and ``cbbl_1200``.
+
+    Returns:
+        name without the length -> number of iterations -> results of the finished seeds; only for
+        names with two lengths or more.
+    """
+    found: Dict[str, Dict[int, List[Dict[str, float]]]] = {}
+    for run in study.runs:
+        results = study.results(run)
+        if run.name.endswith(f"_{run.max_iter}") and results is not None:
+            name = run.name.removesuffix(f"_{run.max_iter}")
+            found.setdefault(name, {}).setdefault(run.max_iter, []).append(results)
+    return {name: by_length for name, by_length in found.items() if len(by_length) > 1}
+
+
+def plot_budgets(study: Study, path) -> None:
+    """
+    For each metric, how it grows with the length of the training: each seed a dot, a line through
+    the means. As PNG.
+
+    Args:
+        path: file name, or a binary file to write to.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(study.metrics) + 0.5, 3.2))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(study.metrics), squeeze=False)[0]
+    for axis, metric in zip(axes, study.metrics):
+        for name, by_length in budgets(study).items():
+            lengths = sorted(by_length)
+            values = [[r.get(metric, math.nan) for r in by_length[n]] for n in lengths]
+            (line,) = axis.plot(lengths, [np.mean(v) for v in values], label=plot_text(name))
+            for length, of_seeds in zip(lengths, values):
+                axis.plot([length] * len(of_seeds), of_seeds, "o", color=line.get_color())
+        axis.set_xscale("log", base=2)
+        ticks = sorted({n for by_length in budgets(study).values() for n in by_length})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.set_title(_short(metric), fontsize=10)
+        axis.set_xlabel("iterations")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150, format="png")
 

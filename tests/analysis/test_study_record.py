@@ -1,4 +1,5 @@
 import csv
+import io
 import os
 
 import numpy as np
@@ -8,7 +9,13 @@ import yaml
 from cbbl_d2.analysis import study_record
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.analysis.study_record import StudyRecords
-from cbbl_d2.analysis.study_table import as_markdown, resampled_interval, summarize
+from cbbl_d2.analysis.study_table import (
+    as_markdown,
+    budgets,
+    plot_budgets,
+    resampled_interval,
+    summarize,
+)
 from cbbl_d2.errors import UserError
 
 
@@ -171,6 +178,22 @@ def test_interval_over_images_and_seeds(study_of, monkeypatch):
         # Pairing takes out what the images do to both, which is +-4.
         assert 0.7 < cbbl["bbox/AP low"] < 1 < cbbl["bbox/AP high"] < 1.3
     assert "Intervals of cbbl: bootstrap over images and seeds." in as_markdown(study, [cbbl])
+
+
+def test_runs_named_by_their_length_make_a_curve(study_of, repository):
+    config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+    runs = {
+        name: {"config": config, "overrides": ["SOLVER.MAX_ITER", n]}
+        for name, n in (("a_10", 10), ("a_20", 20), ("b_10", 10), ("other", 20))
+    }
+    study = study_of(overrides=[], runs=runs, baseline=None)
+    assert budgets(study) == {}
+    add(study, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0))
+    (curve,) = budgets(study).values()  # b has one length, "other" says none
+    assert {n: [r["bbox/AP"] for r in x] for n, x in curve.items()} == {10: [1, 2], 20: [3, 4]}
+    picture = io.BytesIO()
+    plot_budgets(study, picture)
+    assert picture.getvalue().startswith(b"\x89PNG")
 
 
 def test_seeds_widen_the_interval():
