@@ -29,6 +29,25 @@ def visdrone(tmp_path):
     return tmp_path / "VisDrone"
 
 
+@pytest.fixture
+def hit_uav(tmp_path):
+    """One image of each published split, with one box."""
+    root = tmp_path / "HIT-UAV"
+    (root / "normal_json" / "annotations").mkdir(parents=True)
+    for i, split in enumerate(("train", "val", "test")):
+        name = f"0_60_30_0_0000{i}.jpg"
+        (root / "normal_json" / split).mkdir()
+        Image.new("L", (64, 48)).save(root / "normal_json" / split / name)
+        content = {
+            "images": [{"id": i, "filename": name, "width": 64, "height": 48}],
+            "categories": [{"id": 1, "name": "Car"}],
+            "annotation": [{"id": i, "image_id": i, "category_id": 1, "bbox": [2, 4, 10, 6]}],
+        }
+        path = root / "normal_json" / "annotations" / f"{split}.json"
+        path.write_text(json.dumps(content))
+    return root
+
+
 def failure(main, capsys, *arguments):
     """The one line on stderr of a run that ends with the status 1."""
     with pytest.raises(SystemExit) as info:
@@ -60,6 +79,26 @@ def test_one_split_and_erasing(main, visdrone):
     assert not (visdrone / "coco" / "instances_val.json").exists()
 
 
+def test_hit_uav_at_both_sizes(main, hit_uav, monkeypatch, capsys):
+    from detectron2.data import DatasetCatalog
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(hit_uav.parent))
+    assert main(["hituav"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7  # 2 x 3 files, what is left out
+    assert len(list((hit_uav / "coco").iterdir())) == 6
+    assert main(["hituav", "--half"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 13
+    (image,) = DatasetCatalog.get("hit_uav_half_published_val")
+    assert image["annotations"][0]["bbox"] == [1, 2, 5, 3]
+    assert Image.open(image["file_name"]).size == (image["width"], image["height"]) == (32, 24)
+
+
+def test_hit_uav_needs_all_splits(main, hit_uav, capsys):
+    (hit_uav / "normal_json" / "annotations" / "val.json").unlink()
+    error = failure(main, capsys, "hituav", "--root", str(hit_uav))
+    assert "val.json: no such annotation file" in error and not (hit_uav / "coco").exists()
+
+
 def test_errors_are_one_line(main, visdrone, capsys, tmp_path):
     bad = visdrone / "VisDrone2019-DET-val" / "annotations" / "1.txt"
     bad.write_text("1,2,3\n")
@@ -81,6 +120,8 @@ def test_errors_are_one_line(main, visdrone, capsys, tmp_path):
         ["visdrone", "--split", "train", "val", "--erase-ignored"],
         ["aitod", "--annotations", "a.json"],
         ["tinyperson", "--images", "test", "--split", "train", "test"],
+        ["hituav", "--split", "train"],  # its own split needs them all
+        ["aitod", "--half"],
     ],
 )
 def test_wrong_words_are_refused(main, arguments, capsys):
