@@ -17,11 +17,11 @@ import sys
 
 import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 
-from cbbl_d2.data.ai_tod import AI_TOD_SPLITS, ai_tod_annotation_files, convert_ai_tod
-from cbbl_d2.data.hit_uav import HIT_UAV_SPLITS, convert_hit_uav
-from cbbl_d2.data.public_data import dataset_folder
-from cbbl_d2.data.tiny_person import TINY_PERSON_FILES, convert_tiny_person
-from cbbl_d2.data.visdrone import VISDRONE_FOLDERS, convert_visdrone
+from cbbl_d2.data.datasets.ai_tod import AI_TOD_SPLITS, ai_tod_annotation_files, convert_ai_tod
+from cbbl_d2.data.datasets.hit_uav import HIT_UAV_SPLITS, convert_hit_uav
+from cbbl_d2.data.datasets.public_data import dataset_folder
+from cbbl_d2.data.datasets.tiny_person import TINY_PERSON_FILES, convert_tiny_person
+from cbbl_d2.data.datasets.visdrone import VISDRONE_FOLDERS, convert_visdrone
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 

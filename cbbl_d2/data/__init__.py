@@ -1,12 +1,11 @@
 """
-Data sets. Importing this package registers ``small_shapes_{train,val,test}`` and the public data
-sets of docs/public_data.md.
+Loading data sets in COCO format: validation, broken images, the training loader, augmentation.
+Importing this package registers the data sets of :mod:`cbbl_d2.data.datasets`.
 """
 
-# The public ones register themselves.
-from . import ai_tod, hit_uav, tiny_person, visdrone  # noqa: F401
+from . import datasets  # noqa: F401
 from .coco_format import register_coco_format
-from .small_shapes import SmallShapesSpec, generate_small_shapes, register_small_shapes
+from .datasets.small_shapes import SmallShapesSpec, generate_small_shapes, register_small_shapes
 
 __all__ = [
     "SmallShapesSpec",

@@ -13,7 +13,7 @@ from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
-from cbbl_d2.data.public_data import CocoWriter  # noqa: E402
+from cbbl_d2.data.datasets.public_data import CocoWriter  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
 from cbbl_d2.evaluation import coco as coco_module  # noqa: E402
 from cbbl_d2.evaluation.rules import SizeMetric  # noqa: E402
@@ -27,9 +27,9 @@ def evaluate(request, tmp_path, monkeypatch):
     ``evaluate(data set, objects, detections, ignored, regions)``: the results. Boxes are
     [x, y, width, height]; a detection is (box, score) or (box, score, category id).
     """
-    if request.param and not coco_module._has_fast_evaluation():
+    if request.param and not coco_module.has_fast_evaluation():
         pytest.skip("Detectron2 has no compiled operations here")
-    monkeypatch.setattr(coco_module, "_has_fast_evaluation", lambda: request.param)
+    monkeypatch.setattr(coco_module, "has_fast_evaluation", lambda: request.param)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
 
     def run(name, objects, detections, ignored=(), regions=()):

@@ -239,9 +239,9 @@ def evaluate_instances(cfg, name, predict):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("limit", [50, 100, 150])
 def test_perfect_masks_and_keypoints(shapes, monkeypatch, fast, limit):
-    if fast and not coco_module._has_fast_evaluation():
+    if fast and not coco_module.has_fast_evaluation():
         pytest.skip("Detectron2 without its C++ extension")
-    monkeypatch.setattr(coco_module, "_has_fast_evaluation", lambda: fast)
+    monkeypatch.setattr(coco_module, "has_fast_evaluation", lambda: fast)
     cfg = config(True, True, limit)
     results = evaluate_instances(cfg, shapes.name, ground_truth_as_predictions)
     assert list(results) == ["bbox", "keypoints", "segm"]

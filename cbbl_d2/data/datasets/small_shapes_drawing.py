@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from cbbl_d2.data.small_shapes_geometry import CLASS_NAMES, Shape
+from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, Shape
 from cbbl_d2.errors import UserError
 
 SPLITS = ("train", "val", "test")

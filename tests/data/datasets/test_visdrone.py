@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.engine import default_argument_parser  # noqa: E402
 
 import train_net  # noqa: E402
-from cbbl_d2.data.visdrone import (  # noqa: E402
+from cbbl_d2.data.datasets.visdrone import (  # noqa: E402
     VISDRONE_CLASSES,
     convert_visdrone,
     read_visdrone_boxes,

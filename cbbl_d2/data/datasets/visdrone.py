@@ -35,12 +35,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cbbl_d2.data.ignored_regions import covered_share, erase_regions
-from cbbl_d2.data.public_data import (
+from cbbl_d2.data.datasets.public_data import (
     CocoWriter,
     converted_json,
     register_public,
 )
+from cbbl_d2.data.ignored_regions import covered_share, erase_regions
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write

@@ -19,19 +19,19 @@ from detectron2.data.detection_utils import create_keypoint_hflip_indices  # noq
 from detectron2.structures.masks import polygon_area  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from cbbl_d2.data import small_shapes, small_shapes_drawing  # noqa: E402
-from cbbl_d2.data.small_shapes import (  # noqa: E402
+from cbbl_d2.data.datasets import small_shapes, small_shapes_drawing  # noqa: E402
+from cbbl_d2.data.datasets.small_shapes import (  # noqa: E402
     SmallShapesSpec,
     generate_small_shapes,
     register_small_shapes,
 )
-from cbbl_d2.data.small_shapes_drawing import (  # noqa: E402
+from cbbl_d2.data.datasets.small_shapes_drawing import (  # noqa: E402
     SPLITS,
     _coverage,
     _rotation,
     draw_image,
 )
-from cbbl_d2.data.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape  # noqa: E402
+from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 
 TINY = SmallShapesSpec(num_train=3, num_val=2, num_test=1, image_size=96)

@@ -9,8 +9,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from cbbl_d2.data import hit_uav  # noqa: E402
-from cbbl_d2.data.hit_uav import (  # noqa: E402
+from cbbl_d2.data.datasets import hit_uav  # noqa: E402
+from cbbl_d2.data.datasets.hit_uav import (  # noqa: E402
     HIT_UAV_CLASSES,
     HIT_UAV_SPLITS,
     convert_hit_uav,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cbbl_d2.data.coco_format import read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
-from cbbl_d2.data.public_data import CocoWriter, converted_json, register_public
+from cbbl_d2.data.datasets.public_data import CocoWriter, converted_json, register_public
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write

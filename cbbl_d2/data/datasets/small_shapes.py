@@ -34,8 +34,8 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
-from cbbl_d2.data.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
-from cbbl_d2.data.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
+from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
+from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
 

@@ -17,7 +17,7 @@ import os
 
 from tqdm import tqdm
 
-from cbbl_d2.data.public_data import (
+from cbbl_d2.data.datasets.public_data import (
     CocoWriter,
     converted_json,
     first_existing,
