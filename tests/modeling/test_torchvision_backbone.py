@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from cbbl_d2.engine import CBBLCheckpointer, load_config
+from cbbl_d2.engine.optimizer import build_optimizer
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.modeling import TorchvisionNetwork
 from cbbl_d2.modeling.torchvision_backbone import TorchvisionWeightsHandler, pretrained_input
@@ -23,6 +24,22 @@ NETWORKS = {
     "regnet_y_400mf": tuple(f"trunk_output.block{i}" for i in range(1, 5)),
 }
 LEVELS = ("c2", "c3", "c4", "c5")
+# Of "c1" to "c5"; ConvNeXt begins at stride 4
+CHANNELS = {
+    "mobilenet_v2": (16, 24, 32, 96, 320),
+    "resnet18": (64, 64, 128, 256, 512),
+    "efficientnet_b0": (16, 24, 40, 112, 320),
+    "convnext_tiny": (None, 96, 192, 384, 768),
+    "regnet_y_400mf": (32, 48, 104, 208, 440),
+}
+# The parts up to the feature map "c2"
+UP_TO_STRIDE_4 = {
+    "mobilenet_v2": tuple(f"features.{i}." for i in range(4)),
+    "resnet18": ("conv1.", "bn1.", "layer1."),
+    "efficientnet_b0": tuple(f"features.{i}." for i in range(3)),
+    "convnext_tiny": ("features.0.", "features.1."),
+    "regnet_y_400mf": ("stem.", "trunk_output.block1."),
+}
 
 
 def with_statistics(network, seed=0):
@@ -84,37 +101,98 @@ def test_features_and_gradients_are_those_of_torchvision(network, norm):
     assert compared > 10
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_strides_of_the_pyramid(detector_cfg, network):
-    cfg = detector_cfg("cbbl", "MODEL.TORCHVISION.NETWORK", network)
-    backbone = build_backbone(cfg)
-    features = backbone(torch.zeros(1, 3, 64, 64))
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("network", ["mobilenet_v2", "regnet_y_400mf", "mobilenet_v3_large"])
+def test_all_gradients_in_double_precision(network, norm):
+    """Scales, biases and the gates of squeeze-and-excitation, too; the last network has an eps of
+    its own in BatchNorm."""
+    model = with_statistics(network).double()
+    ours = TorchvisionNetwork(network, norm=norm).double().eval()
+    ours.body.load_state_dict(model.state_dict(), strict=False)
+    nodes = NETWORKS.get(network, ("features.3", "features.6", "features.12", "features.15"))
+    reference = create_feature_extractor(model, dict(zip(nodes, LEVELS))).eval()
+    images = torch.randn(2, 3, 64, 64).double()
+    expected, found = reference(images), ours(images)
+    for name in LEVELS:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    weights = {name: torch.randn_like(feature) for name, feature in expected.items()}
+    for features in (expected, found):
+        sum((weights[name] * features[name]).sum() for name in LEVELS).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if norm == "FrozenBN":
+        layers = dict(model.named_modules())
+        gradients = {
+            name: gradient
+            for name, gradient in gradients.items()
+            if not isinstance(layers[name.rpartition(".")[0]], nn.BatchNorm2d)
+        }
+    assert set(gradients) == {name for name, _ in ours.body.named_parameters()}
+    for name, parameter in ours.body.named_parameters():
+        error = (parameter.grad - gradients[name]).abs().max() / gradients[name].abs().max()
+        assert error < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    "network, first", [(n, i) for n in NETWORKS for i in (1, 2) if CHANNELS[n][i - 1]]
+)
+def test_levels_of_the_pyramid(detector_cfg, network, first):
+    """P1 as well, where the network has features of stride 2."""
+    names = [f"c{i}" for i in range(first, 6)]
+    opts = ["MODEL.TORCHVISION.NETWORK", network, "MODEL.FPN.IN_FEATURES", names]
+    backbone = build_backbone(detector_cfg("cbbl", *opts))
+    found = {k: (s.stride, s.channels) for k, s in backbone.bottom_up.output_shape().items()}
+    assert found == {f"c{i}": (2**i, CHANNELS[network][i - 1]) for i in range(first, 6)}
+    features = backbone(torch.zeros(2, 3, 64, 128))
     assert {k: v.shape[1:] for k, v in features.items()} == {
-        f"p{i}": (64, 64 // 2**i, 64 // 2**i) for i in range(2, 7)
+        f"p{i}": (64, 64 // 2**i, 128 // 2**i) for i in range(first, 7)
+    }
+    assert {k: s.stride for k, s in backbone.output_shape().items()} == {
+        f"p{i}": 2**i for i in range(first, 7)
     }
     assert backbone.size_divisibility == 32
 
 
-@pytest.mark.parametrize("levels, expected", [("c1", "p1"), ("c2", "p2")])
-def test_finer_and_fewer_levels(detector_cfg, levels, expected):
-    names = [f"c{i}" for i in range(int(levels[1]), 5)]  # up to stride 16
-    cfg = detector_cfg("cbbl", "MODEL.FPN.IN_FEATURES", names)
-    features = build_backbone(cfg)(torch.zeros(1, 3, 64, 64))
-    assert list(features)[0] == expected and list(features)[-1] == "p5"
-    assert features["p5"].shape[-1] == 2
+@pytest.mark.parametrize(
+    "builder, last",
+    [
+        ("build_torchvision_fpn_backbone", 5),
+        ("build_retinanet_torchvision_fpn_backbone", 6),
+        ("build_torchvision_fpn_p5_backbone", 6),
+    ],
+)
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_pyramid_may_end_before_stride_32(detector_cfg, builder, last, first):
+    names = [f"c{i}" for i in range(first, 5)]
+    opts = ["MODEL.BACKBONE.NAME", builder, "MODEL.FPN.IN_FEATURES", names]
+    backbone = build_backbone(detector_cfg("cbbl", *opts))
+    features = backbone(torch.zeros(1, 3, 64, 64))
+    assert {k: v.shape[-1] for k, v in features.items()} == {
+        f"p{i}": 64 // 2**i for i in range(first, last + 1)
+    }
+    # Nothing is kept that leads to no level.
+    blocks = {int(k.split(".")[2]) for k in backbone.bottom_up.state_dict() if "features" in k}
+    assert max(blocks) == 13
 
 
 @pytest.mark.parametrize(
-    "builder", ["build_retinanet_torchvision_fpn_backbone", "build_torchvision_fpn_p5_backbone"]
+    "builder, source, channels",
+    [
+        ("build_retinanet_torchvision_fpn_backbone", "c5", 320),
+        ("build_torchvision_fpn_p5_backbone", "p5", 64),
+    ],
 )
-def test_two_more_levels_for_dense_detectors(detector_cfg, builder):
-    cfg = detector_cfg("cbbl", "MODEL.BACKBONE.NAME", builder)
-    backbone = build_backbone(cfg)
-    features = backbone(torch.zeros(1, 3, 128, 128))
+def test_two_more_levels_for_dense_detectors(detector_cfg, builder, source, channels):
+    backbone = build_backbone(detector_cfg("cbbl", "MODEL.BACKBONE.NAME", builder)).eval()
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        features = backbone(images)
+        before = {**backbone.bottom_up(images), **features}[source]
+        assert before.shape[1] == channels
+        p6 = backbone.top_block.p6(before)
+        assert torch.equal(features["p6"], p6)
+        assert torch.equal(features["p7"], backbone.top_block.p7(p6.relu()))
     assert list(features) == [f"p{i}" for i in range(2, 8)]
     assert features["p7"].shape[-1] == 1
-    channels = 320 if "retinanet" in builder else 64
-    assert backbone.top_block.p6.in_channels == channels
 
 
 def state(model):
@@ -131,21 +209,35 @@ def train_a_step(network):
     return {k for k in before if not torch.equal(before[k], after[k])}
 
 
-def test_what_is_frozen_does_not_move():
-    _, _, network = same_weights("mobilenet_v2", freeze_at=2)
-    moved = train_a_step(network)
-    block = lambda name: int(name.split(".")[2])  # noqa: E731  body.features.N
-    assert moved and min(map(block, moved)) == 4  # the first block of stride 8
-    # With frozen BatchNorm only convolutions learn: no statistics, no scales.
-    names = dict(network.named_modules())
-    assert not any(isinstance(names[k.rpartition(".")[0]], FrozenBatchNorm2d) for k in moved)
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_moves_all_but_what_is_frozen(detector_cfg, network, norm):
+    """Statistics and counters of BatchNorm included, with the optimizer of a training."""
+    cfg = detector_cfg("cbbl", "MODEL.TORCHVISION.NETWORK", network, "MODEL.TORCHVISION.NORM", norm)
+    torch.manual_seed(0)
+    backbone = build_backbone(cfg).train()
+    body = backbone.bottom_up.body
+    body.load_state_dict(with_statistics(network).state_dict(), strict=False)
+    before = state(body)
+    optimizer = build_optimizer(cfg, backbone)
+    sum(x.square().mean() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
+    optimizer.step()
+    norms = {k for k, m in body.named_modules() if isinstance(m, FrozenBatchNorm2d)}
+    for name, value in body.state_dict().items():
+        frozen = name.startswith(UP_TO_STRIDE_4[network]) or name.rpartition(".")[0] in norms
+        assert torch.equal(value, before[name]) == frozen, name
+    live = {k for k, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert bool(live) == (norm == "BN" and network != "convnext_tiny")
+    assert not any(f"{name}.".startswith(UP_TO_STRIDE_4[network]) for name in live)
 
 
-def test_live_batch_norm_moves_outside_of_the_frozen_part_alone():
-    _, _, network = same_weights("resnet18", norm="BN", freeze_at=2)
-    moved = train_a_step(network)
-    assert "body.layer2.0.bn1.running_mean" in moved and "body.layer2.0.bn1.weight" in moved
-    assert not any(k.startswith(("body.conv1", "body.bn1", "body.layer1")) for k in moved)
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("levels", [("c2",), LEVELS])
+def test_everything_can_be_frozen(levels, norm):
+    """Also where the frozen part goes on after the last feature map that is used."""
+    network = TorchvisionNetwork("mobilenet_v2", levels, norm=norm, freeze_at=5)
+    assert not any(p.requires_grad for p in network.parameters())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
 
 
 def test_everything_learns_where_nothing_is_frozen():
@@ -173,14 +265,33 @@ def test_a_copy_computes_the_same(norm):
     assert not torch.equal(again(images)["c5"], network(images)["c5"])
 
 
-def test_building_draws_no_more_numbers_than_torchvision():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_state_goes_into_another_network(network):
+    _, _, ours = same_weights(network)
+    again = TorchvisionNetwork(network).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert not torch.equal(again(images)["c5"], ours(images)["c5"])
+    again.load_state_dict(ours.state_dict())
+    assert all(torch.equal(again(images)[k], v) for k, v in ours(images).items())
+    # Each has its own numbers, those that convolutions took over from BatchNorm included.
+    before = ours(images)
+    for value in again.state_dict().values():
+        value.zero_()
+    assert not any(feature.any() for feature in again(images).values())
+    assert all(torch.equal(ours(images)[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_building_draws_no_more_numbers_than_torchvision(network):
     """So that the rest of a detector starts as it did before."""
     torch.manual_seed(0)
-    torchvision.models.mobilenet_v2(weights=None)
+    parameters = dict(torchvision.models.get_model(network, weights=None).named_parameters())
     expected = torch.rand(1)
     torch.manual_seed(0)
-    TorchvisionNetwork("mobilenet_v2", freeze_at=2)
+    ours = TorchvisionNetwork(network, freeze_at=2)
     assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(p, parameters[name]) for name, p in ours.body.named_parameters())
+    assert all(module.training for module in ours.modules())  # as every new module
 
 
 @pytest.mark.parametrize(
@@ -190,6 +301,7 @@ def test_building_draws_no_more_numbers_than_torchvision():
         ({"network": "fasterrcnn_resnet50_fpn"}, "MODEL.TORCHVISION.NETWORK"),
         ({"norm": "GN"}, "MODEL.TORCHVISION.NORM = 'GN': must be one of FrozenBN, BN, SyncBN"),
         ({"freeze_at": 6}, "MODEL.BACKBONE.FREEZE_AT = 6"),
+        ({"freeze_at": -1}, "MODEL.BACKBONE.FREEZE_AT = -1"),
         ({"out_features": ["res2"]}, r"MODEL.FPN.IN_FEATURES = \['res2'\].* c1, c2, c3, c4, c5"),
         ({"network": "convnext_tiny", "out_features": ["c1", "c2"]}, "which has c2, c3, c4, c5"),
         ({"network": "vit_b_16"}, "which has none"),
@@ -199,6 +311,20 @@ def test_what_cannot_be_built_is_named(changes, message):
     with pytest.raises(ConfigError, match=message) as error:
         TorchvisionNetwork(**{"network": "mobilenet_v2", **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        "build_torchvision_fpn_backbone",
+        "build_retinanet_torchvision_fpn_backbone",
+        "build_torchvision_fpn_p5_backbone",
+    ],
+)
+@pytest.mark.parametrize("levels", [[], ["c2", "c4"], ["c4", "c3"]])
+def test_levels_that_make_no_pyramid_are_named(detector_cfg, error_of, builder, levels):
+    cfg = detector_cfg("cbbl", "MODEL.BACKBONE.NAME", builder, "MODEL.FPN.IN_FEATURES", levels)
+    assert f"MODEL.FPN.IN_FEATURES = {levels}: " in error_of(build_backbone, cfg)
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -217,8 +343,12 @@ def load_into(cfg, path):
     return model
 
 
-def test_weights_of_torchvision_become_those_of_the_backbone(detector_cfg, weights_file):
+def test_weights_of_torchvision_become_those_of_the_backbone(detector_cfg, weights_file, caplog):
+    caplog.set_level("INFO")
     model = load_into(detector_cfg(), weights_file)
+    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    others = {k.rpartition(".")[0] for k in model.state_dict() if "bottom_up" not in k}
+    assert f" {len(others - {''})} of " in line and "bottom_up" not in line
     saved = torch.load(weights_file, weights_only=True)
     body = model.backbone.bottom_up.body.state_dict()
     assert all(torch.equal(body[name], saved[name]) for name in body)
@@ -269,6 +399,14 @@ def test_weights_of_another_network_are_refused(detector_cfg, weights_file):
     with pytest.raises(UserError, match="not weights of torchvision's resnet18") as error:
         load_into(cfg, weights_file)
     assert weights_file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_of_equal_names_and_other_shapes_are_refused(detector_cfg, tmp_path, error_of):
+    path = str(tmp_path / "weights.pth")
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
+    cfg = detector_cfg("cbbl", "MODEL.TORCHVISION.NETWORK", "resnet50")
+    message = error_of(load_into, cfg, path)
+    assert f"{path}: not weights of torchvision's resnet50 (MODEL.TORCHVISION.NETWORK)" in message
 
 
 def test_a_checkpoint_predicts_as_before(detector_cfg, weights_file, tmp_path):
@@ -326,6 +464,24 @@ def test_weights_are_downloaded_once(handler, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "path, file",
+    [
+        ("torchvision://mobilenet_v2", "mobilenet_v2-7ebf99e0.pth"),
+        ("torchvision://mobilenet_v2/IMAGENET1K_V1", "mobilenet_v2-b0353104.pth"),
+    ],
+)
+def test_a_detector_takes_weights_from_the_cache(
+    detector_cfg, handler, weights_file, monkeypatch, tmp_path, path, file
+):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("network"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    saved = torch.load(weights_file, weights_only=True)
+    os.rename(weights_file, tmp_path / "hub" / "checkpoints" / file)
+    body = load_into(detector_cfg(), path).backbone.bottom_up.body.state_dict()
+    assert all(torch.equal(body[name], saved[name]) for name in body)
+
+
+@pytest.mark.parametrize(
     "path, message",
     [
         ("torchvision://mobilenet_v9", "has no network mobilenet_v9"),
@@ -337,11 +493,16 @@ def test_unknown_weights_are_named(handler, path, message):
         handler(path)
 
 
-def test_a_failed_download_says_what_else_to_do(handler, monkeypatch):
-    def fail(url, file, **kwargs):
-        raise OSError("no route to host")
+# The hash is part of the file's name; torch.hub keeps no file that has another one.
+@pytest.mark.parametrize("cause", [OSError("no route to host"), RuntimeError("wrong hash")])
+def test_a_failed_download_says_what_else_to_do(
+    detector_cfg, handler, monkeypatch, error_of, cause
+):
+    def fail(url, file, hash_prefix=None):
+        assert url.endswith(f"-{hash_prefix}.pth")
+        raise cause
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match="no route to host.*tools/download_mobilenet.py") as error:
-        handler("torchvision://mobilenet_v2")
-    assert "\n" not in str(error.value)
+    message = error_of(load_into, detector_cfg(), "torchvision://mobilenet_v2")
+    for words in (str(cause), handler.__self__.PREFIX, "tools/download_mobilenet.py"):
+        assert words in message
