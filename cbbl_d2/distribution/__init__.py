@@ -3,14 +3,14 @@ The mathematics of C-BBL: grid, two-hot code, loss and decoding. Needs torch alo
 
 Shape shorthand in this package:
 
-    B: number of grid points, ``n + 1`` for a grid of ``n`` intervals
+    G: number of grid points, ``n + 1`` for a grid of ``n`` intervals
     ...: any leading dimensions, e.g. ``(R, 4)`` for the coordinates of R regions
 
 Naming convention:
 
     offset: the value to localise (``t`` in the paper), e.g. the ``dx`` of Detectron2's
         ``Box2BoxTransform`` after its weights. Same unit as the grid.
-    logits: unnormalised log-probabilities of the grid points, shape ``(..., B)``
+    logits: unnormalised log-probabilities of the grid points, shape ``(..., G)``
 """
 
 from .coding import LABELS, entropy, expectation, one_hot, two_hot, variance

@@ -20,10 +20,10 @@ def two_hot(offsets: torch.Tensor, grid: torch.Tensor) -> Tuple[torch.Tensor, to
 
     Args:
         offsets: shape ``(...)``, finite.
-        grid: shape ``(B,)``, strictly increasing.
+        grid: shape ``(G,)``, strictly increasing.
 
     Returns:
-        (Tensor, Tensor): ``left_index`` (int64, in ``[0, B - 2]``) and ``right_weight`` (of the
+        (Tensor, Tensor): ``left_index`` (int64, in ``[0, G - 2]``) and ``right_weight`` (of the
         grid's dtype, in ``[0, 1]``), both of the offsets' shape.
 
     Raises:
@@ -71,8 +71,8 @@ def expectation(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     Decoded offset: ``sum_i p_i * y_i`` over the whole distribution ``p = softmax(logits)``.
 
     Args:
-        logits: shape ``(..., B)``.
-        grid: shape ``(B,)``.
+        logits: shape ``(..., G)``.
+        grid: shape ``(G,)``.
 
     Returns:
         Tensor: shape ``(...)``, at least float32, also under autocast.
@@ -96,10 +96,10 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     Entropy ``H(p) = -sum_i p_i * log(p_i)`` of ``p = softmax(logits)``, in nats.
 
     Args:
-        logits: shape ``(..., B)``.
+        logits: shape ``(..., G)``.
 
     Returns:
-        Tensor: shape ``(...)``, at least float32, in ``[0, log(B)]``.
+        Tensor: shape ``(...)``, at least float32, in ``[0, log(G)]``.
     """
     return entropy_of(log_probabilities(logits))
 
@@ -110,7 +110,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
-    """As :func:`entropy`, for one who has the log-probabilities ``(..., B)`` already."""
+    """As :func:`entropy`, for one who has the log-probabilities ``(..., G)`` already."""
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 

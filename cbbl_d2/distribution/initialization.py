@@ -13,11 +13,11 @@ def gaussian_logits(grid: torch.Tensor, std: float) -> torch.Tensor:
     grid both decode to zero.
 
     Args:
-        grid: shape ``(B,)``.
+        grid: shape ``(G,)``.
         std: width of the Gaussian, in the unit of the grid; > 0.
 
     Returns:
-        Tensor: shape ``(B,)``.
+        Tensor: shape ``(G,)``.
 
     Raises:
         ValueError: if ``std`` is not a finite number > 0.

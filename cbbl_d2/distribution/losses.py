@@ -25,9 +25,9 @@ def cbbl_loss(
     to a logit is exactly ``p_i - p*_i``: within [-1, 1] whatever the size of the object.
 
     Args:
-        logits: shape ``(..., B)``. Computed in at least float32, also under autocast.
+        logits: shape ``(..., G)``. Computed in at least float32, also under autocast.
         offsets: target offsets, shape ``(...)``, finite. Those outside the grid count as its ends.
-        grid: shape ``(B,)``.
+        grid: shape ``(G,)``.
         uncertainty: "entropy_gap", ``|H(p*) - H(p)|`` (first version of the paper); "entropy",
             ``H(p)`` (second version); or "none", zero.
         reduction: "sum" or "mean" over all coordinates, or "none".

@@ -6,10 +6,10 @@ For each foreground region or anchor, of stock and of C-BBL detectors alike, the
     ``v = g W``
 
 where ``g`` is the gradient of the whole training loss with respect to the region's outputs of the
-last layer of localisation (4 offsets, or ``4 * B`` logits) and ``W`` are the rows of this layer's
+last layer of localisation (4 offsets, or ``4 * G`` logits) and ``W`` are the rows of this layer's
 weight that compute them. It is the gradient that the region sends back to its features through its
 localisation: how hard, and whereto, it pulls at the network. Unlike ``g`` itself it does not depend
-on what the outputs stand for, so that heads with 4 and with ``4 * B`` outputs can be compared. Of a
+on what the outputs stand for, so that heads with 4 and with ``4 * G`` outputs can be compared. Of a
 convolution, the features are those under its kernel. It is the gradient as it acts: the weight of
 the loss and the number that the loss is divided by are in it. The relative statistics are those
 from which such a factor drops out.
@@ -45,8 +45,8 @@ Shape shorthand in this module:
     R: number of regions
     N: number of images
     A: number of anchors on one feature level
-    G: number of groups of outputs of the last layer: classes, or anchors at a place
-    C: number of outputs in a group: 4, or 4 * B
+    K: number of groups of outputs of the last layer: classes, or anchors at a place
+    C: number of outputs in a group: 4, or 4 * G
 """
 
 # Of objects, in pixels: where one range of sizes ends and the next one begins.
@@ -195,13 +195,13 @@ def feature_gradients(
 
     Args:
         gradients: ``g``, shape ``(P, C)``, float32.
-        weight: of the last layer, shape ``(G * C, ...)``, group-major; a convolution's kernel is
+        weight: of the last layer, shape ``(K * C, ...)``, group-major; a convolution's kernel is
             flattened.
-        index: shape ``(P,)``, whose remainder modulo G is the group of the region.
+        index: shape ``(P,)``, whose remainder modulo K is the group of the region.
         sizes: of the objects, in pixels, shape ``(P,)``.
     """
     weight = weight.float().flatten(1)
-    rows = weight.unflatten(0, (-1, gradients.shape[1]))  # (G, C, features)
+    rows = weight.unflatten(0, (-1, gradients.shape[1]))  # (K, C, features)
     num_groups = len(rows)
     group = index % num_groups
     ranges = torch.bucketize(sizes, sizes.new_tensor(BOUNDS), right=True)
@@ -240,8 +240,8 @@ class _Foreground(NamedTuple):
     Of one call of ``losses`` and one feature level.
 
     Attributes:
-        predictions: of the last layer, shape ``(N, A, C)`` or ``(R, G * C)``.
-        shape: the same as ``(N, A, C)`` or ``(R, G, C)``.
+        predictions: of the last layer, shape ``(N, A, C)`` or ``(R, K * C)``.
+        shape: the same as ``(N, A, C)`` or ``(R, K, C)``.
         first, second: indices of the foreground in it, shape ``(P,)``.
         sizes: of the matched objects, in pixels, shape ``(P,)``.
     """

@@ -1,9 +1,10 @@
 """From boxes to offsets and from logits over a grid back to boxes."""
 
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from torch import nn
 
 from cbbl_d2.distribution import expectation, variance
 
@@ -11,47 +12,57 @@ from cbbl_d2.distribution import expectation, variance
 Shape shorthand in this module:
 
     R: number of boxes
-    B: number of grid points
+    G: number of grid points
     k: number of boxes decoded from each source box, >= 1 (the classes of a class-specific head)
 
 Naming convention:
 
-    logits: shape (R, k * 4 * B), coordinate-major: the B logits of a coordinate are adjacent
+    logits: shape (R, k * 4 * G), coordinate-major: the G logits of a coordinate are adjacent
 """
 
 
 class _GridDecoder:
     """What the two transforms below share: the grid, and offsets from logits."""
 
-    grid: torch.Tensor
+    _grid: torch.Tensor
+    _layer: Sequence[nn.Module] = ()
+
+    @property
+    def grid(self) -> torch.Tensor:
+        """Shape ``(G,)``: the buffer of the layer whose logits are decoded, once there is one."""
+        return self._layer[0].grid if self._layer else self._grid
+
+    def refer_to(self, layer: nn.Module) -> None:
+        """
+        From here on the grid is the buffer ``grid`` of a layer: it is stored with the checkpoint
+        and moves with the model.
+        """
+        self._layer = (layer,)
 
     @property
     def num_points(self) -> int:
-        """``B``, the number of logits per coordinate."""
+        """``G``, the number of logits per coordinate."""
         return self.grid.numel()
 
     def grid_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The grid on the device of ``tensor``. The transform is no module, so ``model.to()``
-        does not move it."""
-        if self.grid.device != tensor.device:
-            self.grid = self.grid.to(tensor.device)
-        return self.grid
+        """The grid on the device of ``tensor``; float32, also of a model in half precision."""
+        return self.grid.to(tensor.device, torch.float32)
 
     def decode_offsets(self, logits: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            logits: shape ``(R, k * 4 * B)``.
+            logits: shape ``(R, k * 4 * G)``.
 
         Returns:
             Tensor: expected offsets, shape ``(R, k * 4)``, float32.
 
         Raises:
-            ValueError: if the logits are not a multiple of ``4 * B`` wide.
+            ValueError: if the logits are not a multiple of ``4 * G`` wide.
         """
         return expectation(self._distributions(logits), self.grid_like(logits))
 
     def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
-        """From shape ``(R, k * 4 * B)`` to ``(R, k * 4, B)``."""
+        """From shape ``(R, k * 4 * G)`` to ``(R, k * 4, G)``."""
         num_regions, width = logits.shape
         if width % (4 * self.num_points) != 0:
             raise ValueError(
@@ -68,7 +79,7 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     offsets. :meth:`get_deltas` is inherited and returns offsets as floats; only decoding differs.
 
     Attributes:
-        grid (Tensor): shape ``(B,)``; the points, in the unit of the weighted offsets.
+        grid (Tensor): shape ``(G,)``; the points, in the unit of the weighted offsets.
     """
 
     def __init__(
@@ -77,25 +88,25 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         """
         Args:
             weights: as in ``Box2BoxTransform``: multiply the offsets before they meet the grid.
-            grid: shape ``(B,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
+            grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
             kwargs: passed to ``Box2BoxTransform`` (``scale_clamp``).
         """
         Box2BoxTransform.__init__(self, weights=weights, **kwargs)
-        self.grid = grid
+        self._grid = grid
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
         Decode by expectation, then transform.
 
         Args:
-            deltas: logits of shape ``(R, k * 4 * B)``.
+            deltas: logits of shape ``(R, k * 4 * G)``.
             boxes: shape ``(R, 4)``, absolute XYXY.
 
         Returns:
             Tensor: boxes of shape ``(R, k * 4)``, float32.
 
         Raises:
-            ValueError: if the logits are not a multiple of ``4 * B`` wide.
+            ValueError: if the logits are not a multiple of ``4 * G`` wide.
         """
         return super().apply_deltas(self.decode_offsets(deltas), boxes)
 
@@ -107,7 +118,7 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         apart has a variance of its own, so that a coarse grid overstates it.
 
         Args:
-            logits: shape ``(R, 4 * B)``.
+            logits: shape ``(R, 4 * G)``.
             boxes: shape ``(R, 4)``, absolute XYXY.
 
         Returns:
@@ -128,13 +139,13 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
     to the left, top, right and bottom side, in strides, and never negative. The grid is one-sided.
 
     Attributes:
-        grid (Tensor): shape ``(B,)``, from 0 up; in strides.
+        grid (Tensor): shape ``(G,)``, from 0 up; in strides.
     """
 
     def __init__(self, grid: torch.Tensor, normalize_by_size: bool = True) -> None:
         """
         Args:
-            grid: shape ``(B,)``, see :func:`cbbl_d2.distribution.exponential_grid` with
+            grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid` with
                 ``one_sided=True``.
             normalize_by_size: as in ``Box2BoxTransformLinear``.
 
@@ -146,7 +157,7 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
             raise ValueError(
                 f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
-        self.grid = grid
+        self._grid = grid
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """As :meth:`CBBLBox2BoxTransform.apply_deltas`."""

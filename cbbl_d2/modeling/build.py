@@ -18,7 +18,7 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
         head: "" for a Fast R-CNN box head; "RPN", "RETINANET" or "FCOS", whose grid is one-sided.
 
     Returns:
-        Tensor: shape ``(B,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
+        Tensor: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
 
     Raises:
         ConfigError: a key of ``MODEL.CBBL`` has an impossible value.

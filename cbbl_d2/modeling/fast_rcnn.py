@@ -22,14 +22,14 @@ Shape shorthand in this module:
     Ri: number of ROIs in image i
     D: number of detections in an image
     K: number of foreground classes
-    B: number of grid points, MODEL.CBBL.NUM_INTERVALS + 1
+    G: number of grid points, MODEL.CBBL.NUM_INTERVALS + 1
     T: number of terms of the localisation loss, see LocalizationLoss
 
 Naming convention:
 
     offsets: the 4 weighted deltas (dx, dy, dw, dh) of a box against its proposal, as returned by
         ``Box2BoxTransform.get_deltas``
-    logits: scores of the grid points; ``bbox_pred`` returns them as (R, 4 * B), or (R, K * 4 * B)
+    logits: scores of the grid points; ``bbox_pred`` returns them as (R, 4 * G), or (R, K * 4 * G)
         for class-specific heads, coordinate-major
 """
 
@@ -68,6 +68,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.bbox_pred = distribution_layer(
             self.bbox_pred, box2box_transform.grid, weight_std=0.001, init_std=init_std
         )
+        box2box_transform.refer_to(self.bbox_pred)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -97,7 +98,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             proposal_boxes, gt_boxes: shape ``(R, 4)``.
-            pred_deltas: logits, shape ``(R, 4 * B)`` or ``(R, K * 4 * B)``.
+            pred_deltas: logits, shape ``(R, 4 * G)`` or ``(R, K * 4 * G)``.
             gt_classes: shape ``(R,)``, in ``[0, K]``; K is background.
 
         Returns:
@@ -200,17 +201,17 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         return logits.shape[1] == 4 * self.box2box_transform.num_points
 
     def _foreground_logits(self, logits, foreground, gt_classes) -> torch.Tensor:
-        """The logits that the loss sees, shape ``(Rf, 4 * B)``: those of the true class."""
+        """The logits that the loss sees, shape ``(Rf, 4 * G)``: those of the true class."""
         return self._logits_of_class(logits[foreground], gt_classes[foreground])
 
     def _logits_of_class(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            logits: of some ROIs, shape ``(R, 4 * B)`` or ``(R, K * 4 * B)``.
+            logits: of some ROIs, shape ``(R, 4 * G)`` or ``(R, K * 4 * G)``.
             classes: shape ``(R,)``, in ``[0, K)``.
 
         Returns:
-            Tensor: shape ``(R, 4 * B)``.
+            Tensor: shape ``(R, 4 * G)``.
         """
         if self._is_class_agnostic(logits):
             return logits
@@ -220,7 +221,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """
         Args:
-            logits: shape ``(Ri, K * 4 * B)``.
+            logits: shape ``(Ri, K * 4 * G)``.
             proposal_boxes: shape ``(Ri, 4)``.
             scores: shape ``(Ri, K + 1)``.
 

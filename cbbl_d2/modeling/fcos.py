@@ -15,7 +15,7 @@ from cbbl_d2.compat import box_tensors, dense_head_norm, with_a_box
 
 from .box_regression import CBBLBox2BoxTransformLinear
 from .build import build_grid, build_localization_loss
-from .localization_loss import LocalizationLoss
+from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
 
 """
@@ -23,7 +23,7 @@ Shape shorthand in this module:
 
     N: number of images
     A: number of points ("anchors" as large as a stride) on one feature level
-    B: number of grid points, MODEL.CBBL.FCOS.NUM_INTERVALS + 1
+    G: number of grid points, MODEL.CBBL.FCOS.NUM_INTERVALS + 1
 """
 
 
@@ -143,6 +143,7 @@ class CBBLFCOS(ConfigurableFCOS):
         )
         self.localization_loss = localization_loss or LocalizationLoss()
         head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform.grid, weight_std=0.01)
+        box2box_transform.refer_to(head.bbox_pred)
 
     @classmethod
     def from_config(cls, cfg):
@@ -163,16 +164,13 @@ class CBBLFCOS(ConfigurableFCOS):
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ) -> Dict[str, torch.Tensor]:
         """
-        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * G)``.
         ``loss_fcos_uncertainty`` and ``loss_fcos_giou`` may stand beside ``loss_fcos_cls``,
         ``loss_fcos_loc`` and ``loss_fcos_ctr``.
         """
-        # super() decodes what it gets into boxes for its GIoU loss, which is replaced below. Zero
-        # logits always decode to proper boxes.
-        stand_ins = [torch.zeros_like(x) for x in pred_anchor_deltas]
-        losses = super().losses(
-            anchors, pred_logits, gt_labels, stand_ins, gt_boxes, pred_centerness
-        )
+        # Logits, as super() decodes what it gets: zeros are proper boxes.
+        zeros = stand_ins(pred_anchor_deltas, 4 * self.box2box_transform.num_points)
+        losses = super().losses(anchors, pred_logits, gt_labels, zeros, gt_boxes, pred_centerness)
         labels = torch.stack(gt_labels)
         terms = self.localization_loss.dense(
             self.box2box_transform,

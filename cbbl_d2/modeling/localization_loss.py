@@ -20,7 +20,7 @@ Shape shorthand in this module:
     P: number of foreground boxes, which alone have a localisation loss
     N: number of images
     A: number of anchors on one feature level
-    B: number of grid points
+    G: number of grid points
     T: number of terms of the loss: 1, and 1 for each of uncertainty and GIoU that is in use
 """
 
@@ -73,7 +73,7 @@ class LocalizationLoss:
 
         Args:
             transform: a C-BBL transform: gives the offsets, holds the grid, decodes.
-            logits: shape ``(P, 4 * B)``, coordinate-major.
+            logits: shape ``(P, 4 * G)``, coordinate-major.
             source_boxes: anchors or proposals, shape ``(P, 4)``, absolute XYXY.
             target_boxes: shape ``(P, 4)``. Boxes whose offsets are not finite are left out and
                 counted as ``{prefix}/nonfinite_targets``.
@@ -136,7 +136,7 @@ class LocalizationLoss:
         The same on the dense predictions of a feature pyramid.
 
         Args:
-            logits: for each level, shape ``(N, A, 4 * B)``.
+            logits: for each level, shape ``(N, A, 4 * G)``.
             anchors: for each level, ``A`` boxes.
             target_boxes: for each image, shape ``(sum of A, 4)``.
             foreground: bool, shape ``(N, sum of A)``.
@@ -173,3 +173,19 @@ class LocalizationLoss:
         if self.giou_weight > 0:
             names.append(f"{prefix}_giou")
         return dict(zip(names, terms.unbind()))
+
+
+def stand_ins(predictions: List[torch.Tensor], width: int) -> List[torch.Tensor]:
+    """
+    Zeros for the ``losses`` of a dense detector's base class in the place of the logits. It
+    computes a loss of localization from them, which is thrown away; all else in it is as it should
+    be, and stays Detectron2's own.
+
+    Args:
+        predictions: for each level, shape ``(N, A, 4 * G)``.
+        width: of the result: 4 where the base class takes offsets.
+
+    Returns:
+        for each level, shape ``(N, A, width)``, float32.
+    """
+    return [x.new_zeros((*x.shape[:2], width), dtype=torch.float32) for x in predictions]

@@ -30,9 +30,9 @@ def log_localization_stats(
     Detectron2 does for ``fast_rcnn/fg_cls_accuracy``.
 
     Args:
-        logits: shape ``(R, 4, B)``.
+        logits: shape ``(R, 4, G)``.
         offsets: finite targets, shape ``(R, 4)``.
-        grid: shape ``(B,)``.
+        grid: shape ``(G,)``.
         label: as for :func:`cbbl_d2.distribution.cbbl_loss`.
         prefix: of the names in the storage.
         entropy_gap: shape ``(R, 4)``, if the caller has computed it already.

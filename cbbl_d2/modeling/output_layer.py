@@ -10,12 +10,12 @@ def distribution_layer(
     layer: nn.Module, grid: torch.Tensor, *, weight_std: float, init_std: float = 0.0
 ) -> nn.Module:
     """
-    A new layer with B outputs, the logits of the grid points, where ``layer`` has one, an offset.
-    The B logits of a coordinate are adjacent.
+    A new layer with G outputs, the logits of the grid points, where ``layer`` has one, an offset.
+    The G logits of a coordinate are adjacent.
 
     Args:
         layer: ``nn.Linear`` or ``nn.Conv2d``, the last one of a box regression branch.
-        grid: shape ``(B,)``.
+        grid: shape ``(G,)``.
         weight_std: standard deviation of the initial weights; that of the stock layer, so that
             both start alike.
         init_std: width of the distribution that the untrained layer predicts, see
@@ -39,8 +39,8 @@ def distribution_layer(
         )
     else:
         raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
-    # Decoding has the grid from the box transform. This copy is for checkpoints: it tells weights
-    # for this grid from those for another one, or for offsets, whose shape may be the same.
+    # Persistent: in a checkpoint it tells weights for this grid from those for another one, or for
+    # offsets, whose shape may be the same.
     new.register_buffer("grid", grid.clone())
     nn.init.normal_(new.weight, std=weight_std)
     nn.init.constant_(new.bias, 0)

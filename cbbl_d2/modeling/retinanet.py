@@ -9,7 +9,7 @@ from detectron2.modeling.meta_arch import RetinaNet
 
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_grid, build_localization_loss
-from .localization_loss import LocalizationLoss
+from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
 
 """
@@ -17,7 +17,7 @@ Shape shorthand in this module:
 
     N: number of images
     A: number of anchors on one feature level
-    B: number of grid points, MODEL.CBBL.RETINANET.NUM_INTERVALS + 1
+    G: number of grid points, MODEL.CBBL.RETINANET.NUM_INTERVALS + 1
 """
 
 
@@ -56,6 +56,7 @@ class CBBLRetinaNet(RetinaNet):
         head.bbox_pred = distribution_layer(
             head.bbox_pred, box2box_transform.grid, weight_std=0.01, init_std=init_std
         )
+        box2box_transform.refer_to(head.bbox_pred)
 
     @classmethod
     def from_config(cls, cfg):
@@ -80,15 +81,13 @@ class CBBLRetinaNet(RetinaNet):
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes
     ) -> Dict[str, torch.Tensor]:
         """
-        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * G)``.
         ``loss_box_uncertainty`` and ``loss_box_giou`` may stand beside ``loss_cls`` and
         ``loss_box_reg``.
         """
-        # What super() computes from the stand-ins for the offsets is replaced below.
-        stand_ins = [
-            x.new_zeros((*x.shape[:2], 4), dtype=torch.float32) for x in pred_anchor_deltas
-        ]
-        losses = super().losses(anchors, pred_logits, gt_labels, stand_ins, gt_boxes)
+        losses = super().losses(
+            anchors, pred_logits, gt_labels, stand_ins(pred_anchor_deltas, 4), gt_boxes
+        )
         labels = torch.stack(gt_labels)
         terms = self.localization_loss.dense(
             self.box2box_transform,

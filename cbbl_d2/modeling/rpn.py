@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_grid, build_localization_loss
-from .localization_loss import LocalizationLoss
+from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
 
 """
@@ -18,7 +18,7 @@ Shape shorthand in this module:
 
     N: number of images
     A: number of anchors on one feature level
-    B: number of grid points, MODEL.CBBL.RPN.NUM_INTERVALS + 1
+    G: number of grid points, MODEL.CBBL.RPN.NUM_INTERVALS + 1
 """
 
 
@@ -44,7 +44,7 @@ class CBBLRPN(RPN):
         """
         Args:
             head: its layer ``anchor_deltas``, made for 4 numbers per anchor, is replaced.
-            anchor_generator: its ``box_dim`` becomes ``4 * B``: the base class reshapes the
+            anchor_generator: its ``box_dim`` becomes ``4 * G``: the base class reshapes the
                 predictions by it.
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
@@ -64,6 +64,7 @@ class CBBLRPN(RPN):
         head.anchor_deltas = distribution_layer(
             head.anchor_deltas, box2box_transform.grid, weight_std=0.01, init_std=init_std
         )
+        box2box_transform.refer_to(head.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -86,15 +87,13 @@ class CBBLRPN(RPN):
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         """
-        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * B)``.
+        As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * G)``.
         ``loss_rpn_uncertainty`` and ``loss_rpn_giou`` may stand beside ``loss_rpn_cls`` and
         ``loss_rpn_loc``.
         """
-        # What super() computes from the stand-ins for the offsets is replaced below.
-        stand_ins = [
-            x.new_zeros((*x.shape[:2], 4), dtype=torch.float32) for x in pred_anchor_deltas
-        ]
-        losses = super().losses(anchors, pred_objectness_logits, gt_labels, stand_ins, gt_boxes)
+        losses = super().losses(
+            anchors, pred_objectness_logits, gt_labels, stand_ins(pred_anchor_deltas, 4), gt_boxes
+        )
         terms = self.localization_loss.dense(
             self.box2box_transform,
             pred_anchor_deltas,

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 from cbbl_d2.distribution import exponential_grid, two_hot
 from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
+from cbbl_d2.modeling.output_layer import distribution_layer
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -122,3 +125,21 @@ def test_linear_sides_do_not_mix():
 def test_a_grid_of_distances_starts_at_zero():
     with pytest.raises(ValueError, match="one-sided grid.* from -5"):
         CBBLBox2BoxTransformLinear(exponential_grid(5.0, 1.0, 5))
+
+
+def test_the_grid_is_that_of_the_layer():
+    """It moves with the model, and a copy of the model has its own."""
+    transform = CBBLBox2BoxTransform((1.0, 1.0, 1.0, 1.0), exponential_grid(2, 1, 4))
+    before = transform.grid
+    layer = distribution_layer(torch.nn.Linear(3, 4), transform.grid, weight_std=0.01)
+    transform.refer_to(layer)
+    assert torch.equal(transform.grid, before) and transform.grid is layer.grid
+    holder = torch.nn.Module()
+    holder.layer, holder.transform = layer, transform
+    again = copy.deepcopy(holder)
+    again.layer.grid.mul_(2)
+    assert torch.equal(again.transform.grid, 2 * before) and torch.equal(transform.grid, before)
+    # In half precision the grid is rounded, but what is computed with it stays float32.
+    holder.double()
+    assert transform.grid.dtype == torch.float64
+    assert transform.decode_offsets(torch.zeros(1, 20)).dtype == torch.float32
