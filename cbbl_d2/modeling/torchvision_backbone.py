@@ -199,7 +199,8 @@ def _fold_frozen_norms(body: fx.GraphModule) -> None:
         conv, norm = body.get_submodule(conv_name), body.get_submodule(norm_name)
         if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d:
             folded = _FoldedNorm(norm.num_features, norm.eps)
-            folded.load_state_dict(norm.state_dict())
+            for name, buffer in norm.named_buffers():  # of main one more than of v0.6
+                setattr(folded, name, buffer)
             _replace(body, norm_name, folded)
             _replace(body, conv_name, _NormalizedConv2d(conv, folded))
 
