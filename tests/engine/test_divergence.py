@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 
@@ -9,7 +8,6 @@ from torch import nn
 
 from cbbl_d2.engine import CBBLTrainer, load_config
 from cbbl_d2.engine.divergence import explain_divergence
-from cbbl_d2.engine.lazy import LazyTrainer, load_lazy_config
 from cbbl_d2.errors import UserError
 
 
@@ -118,27 +116,6 @@ def test_other_assertions_stay_what_they_are(tiny_cfg):
     trainer._trainer.model.forward = fail
     with pytest.raises(AssertionError, match="a bug"):
         trainer.train()
-
-
-def test_a_lazy_training_speaks_of_its_own_keys(repository, tmp_path, tiny_cfg):
-    options = {
-        "train.output_dir": str(tmp_path / "lazy"),
-        "train.max_iter": 8,
-        "dataloader.train.dataset.names": tiny_cfg.DATASETS.TRAIN[0],
-        "dataloader.train.total_batch_size": 2,
-        "dataloader.train.num_workers": 0,
-    }
-    file = os.path.join(repository, "configs", "SmallShapes", "cbbl.py")
-    lazy = load_lazy_config(file, [f"{key}={json.dumps(v)}" for key, v in options.items()])
-    lazy.dataloader.evaluator = None
-    os.makedirs(options["train.output_dir"])
-    trainer = LazyTrainer(lazy)
-    trainer.register_hooks([Overflow(1)])
-    with pytest.raises(UserError, match="loss_cls is inf") as error:
-        trainer.train()
-    message = str(error.value)
-    assert "lower optimizer.lr (" in message and "lower train.clip_gradients.clip_value" in message
-    assert "SOLVER" not in message
 
 
 def explain(text="", cfg=None, model=None, batches=(["a.jpg"], ["b.jpg"]), num_processes=1):
