@@ -7,9 +7,7 @@ Train or evaluate a detector with a C-BBL head, as Detectron2's own tools/train_
     python train_net.py --config-file configs/SmallShapes/cbbl.yaml --eval-only \
         MODEL.WEIGHTS output/small_shapes_cbbl/model_best.pth
 
-A config file that ends in .py is one of Detectron2's Lazy configs; its overrides are key=value:
-
-    python train_net.py --config-file configs/SmallShapes/cbbl.py train.max_iter=300
+A Lazy config, a file that ends in .py, is for tools/lazyconfig_train_net.py.
 """
 
 import argparse
@@ -31,7 +29,6 @@ from cbbl_d2.engine import (
     check_model_config,
     evaluate_weights,
     launch,
-    lazy,
     load_config,
     one_line_errors,
     start_log,
@@ -108,11 +105,9 @@ def evaluate(cfg: CfgNode, resume: bool):
 
 @one_line_errors
 def run(args: argparse.Namespace) -> None:
-    is_lazy = args.config_file.endswith(".py")
     if args.num_gpus * args.num_machines > 1:
-        # What is wrong is said before any process is started.
-        (lazy.load_and_check if is_lazy else load_and_check)(args)
-    launch(lazy.main if is_lazy else main, args)
+        load_and_check(args)  # what is wrong is said before any process is started
+    launch(main, args)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 from cbbl_d2.engine import load_config
-from cbbl_d2.engine.lazy import load_lazy_config
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 NAMES = sorted(
@@ -28,7 +28,7 @@ SIZE = 64
 
 
 def load(name):
-    return load_lazy_config(os.path.join(CONFIGS, name))
+    return LazyConfig.load(os.path.join(CONFIGS, name))
 
 
 def one_image(seed, num_classes, num_keypoints):
@@ -60,7 +60,7 @@ def losses_of(model, lazy):
 
 
 def box_layers(model):
-    """The last layers of all that localises."""
+    """The last layers of all that localizes."""
     names = ("bbox_pred", "anchor_deltas")
     return [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
 
@@ -109,7 +109,7 @@ def test_builds_trains_and_is_the_model_of_its_yaml_twin(name):
         others = losses_of(twin, lazy)
         assert losses.keys() == others.keys()
         for key, loss in losses.items():
-            # Not to the last digit: torch optimises the scripted focal loss after its first call.
+            # Not to the last digit: torch optimizes the scripted focal loss after its first call.
             torch.testing.assert_close(loss, others[key], rtol=1e-5, atol=1e-6)
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
     sum(losses.values()).backward()
@@ -117,6 +117,12 @@ def test_builds_trains_and_is_the_model_of_its_yaml_twin(name):
     assert layers
     for layer in layers:
         assert torch.isfinite(layer.weight.grad).all() and layer.weight.grad.abs().max() > 0
+
+    before = [layer.weight.clone() for layer in layers]
+    lazy.optimizer.params.model = model
+    instantiate(lazy.optimizer).step()
+    for layer, weight in zip(layers, before):
+        assert not torch.equal(layer.weight, weight)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "SmallShapes" in name])
@@ -159,11 +165,23 @@ def test_the_settings_of_the_training_are_those_of_its_yaml_twin(name):
     assert train.mapper.use_instance_mask == cfg.MODEL.MASK_ON
     assert train.mapper.get("use_keypoint", False) == cfg.MODEL.KEYPOINT_ON
     assert tuple(train.mapper.augmentations[0].short_edge_length) == cfg.INPUT.MIN_SIZE_TRAIN
-    assert test.mapper.mapper.augmentations[0].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
-    assert lazy.dataloader.evaluator.masks == cfg.MODEL.MASK_ON
-    assert (lazy.dataloader.evaluator.get("num_keypoints", 0) > 0) == cfg.MODEL.KEYPOINT_ON
-    sigmas = lazy.dataloader.evaluator.get("keypoint_oks_sigmas", [])
-    assert list(sigmas) == list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    assert test.mapper.augmentations[0].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
+    assert test.mapper.image_format == train.mapper.image_format == cfg.INPUT.FORMAT
+    evaluator = lazy.dataloader.evaluator
+    assert evaluator.dataset_name == test.dataset.names
+    assert ("segm" in evaluator.expected_tasks) == cfg.MODEL.MASK_ON
+    assert ("keypoints" in evaluator.expected_tasks) == cfg.MODEL.KEYPOINT_ON
+    assert list(evaluator.get("kpt_oks_sigmas", [])) == list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_learning_rate_is_that_of_its_yaml_twin(name):
+    cfg = load_config(os.path.join(CONFIGS, name.replace(".py", ".yaml")))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = build_lr_scheduler(cfg, optimizer)._multiplier
+    multiplier = instantiate(load(name).lr_multiplier)
+    for where in (0.0, 0.005, 0.02, 0.05, 0.5, 0.8, 0.95, 0.999):
+        assert multiplier(where) == pytest.approx(expected(where))
 
 
 def test_loading_one_leaves_the_next_alone():

@@ -37,8 +37,8 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
             )
         if config_file.endswith(".py"):
             raise ConfigError(
-                f"{config_file}: a Lazy config, which only train_net.py takes: give the YAML "
-                "config of the same name"
+                f"{config_file}: a Lazy config: run python tools/lazyconfig_train_net.py "
+                f"--config-file {config_file}, or give the YAML config of the same name"
             )
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)

@@ -6,5 +6,5 @@ model = coco_model("mask_rcnn_fpn")
 cbbl_box_head(model)
 
 dataloader.train.mapper.use_instance_mask = True
-dataloader.evaluator.masks = True
+dataloader.evaluator.expected_tasks = ["bbox", "segm"]
 train.output_dir = "output/coco_cbbl_mask_rcnn_R_50_FPN_1x_lazy"

@@ -1,7 +1,7 @@
 """
 What C-BBL changes in Detectron2's Lazy configs, in place. The values are those of the YAML configs.
 
-Each of Detectron2's models keeps its parts and their settings, but for those that localise.
+Each of Detectron2's models keeps its parts and their settings, but for those that localize.
 """
 
 from detectron2.config import LazyCall as L
@@ -26,7 +26,7 @@ _FCOS_GRID = dict(alpha=8.0, beta=0.25, num_intervals=16, one_sided=True)
 
 _LOSS = dict(label="two_hot", uncertainty="entropy_gap", uncertainty_weight=0.1, giou_weight=0.0)
 
-# Of the whole localisation loss. The cross entropy starts at 4 * log(n + 1) for each foreground
+# Of the whole localization loss. The cross entropy starts at 4 * log(n + 1) for each foreground
 # box, many times what Smooth-L1 or GIoU start at: with weight 1 it drowns the classification loss.
 _TWO_STAGE_LOSS_WEIGHT = 0.5
 _DENSE_LOSS_WEIGHT = 0.25
@@ -62,7 +62,7 @@ def cbbl_fcos(model) -> None:
 
 
 def _localize_by_cbbl(part, target, grid) -> None:
-    """``part``: the description of what holds a box transform and computes a localisation loss."""
+    """``part``: the description of what holds a box transform and computes a localization loss."""
     part._target_ = target
     if "weights" in part.box2box_transform:
         part.box2box_transform._target_ = CBBLBox2BoxTransform

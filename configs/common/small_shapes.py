@@ -1,6 +1,6 @@
 """
 Data, schedule and detectors of SmallShapes (160x160, objects of 6 to 40 px), as in
-SmallShapes/Base-R_18.yaml: minutes on a laptop. All but the localisation, see cbbl.py.
+SmallShapes/Base-R_18.yaml: minutes on a laptop. All but the localization, see cbbl.py.
 """
 
 import torch
@@ -9,9 +9,9 @@ from detectron2.config import LazyCall as L
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import ResNet
+from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
-
-from cbbl_d2.engine.lazy_parts import warmup_cosine
+from fvcore.common.param_scheduler import CosineParamScheduler
 
 from .data import coco as dataloader
 from .train import train
@@ -24,7 +24,7 @@ _NUM_KEYPOINTS = 4  # leftmost, topmost, rightmost and bottommost point of a sha
 dataloader.train.dataset.names = "small_shapes_train"
 dataloader.test.dataset.names = "small_shapes_val"
 dataloader.train.mapper.augmentations[0].short_edge_length = (160,)
-dataloader.test.mapper.mapper.augmentations[0].short_edge_length = 160
+dataloader.test.mapper.augmentations[0].short_edge_length = 160
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 
@@ -33,13 +33,19 @@ optimizer = L(torch.optim.AdamW)(
     lr=1e-3,
     weight_decay=1e-4,
 )
-lr_multiplier = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=100)
 
 train.max_iter = 2400
 train.eval_period = 400
 train.checkpointer.period = 200
 train.clip_gradients.update(enabled=True, clip_value=5.0)
 train.seed = 1
+
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
+    warmup_factor=0.001,
+    warmup_length=100 / train.max_iter,  # a share of the training
+    warmup_method="linear",
+)
 
 
 def small_rcnn(name="mask_rcnn_fpn"):
@@ -84,7 +90,7 @@ def small_mask_rcnn(dataloader):
     model.roi_heads.mask_head.input_shape = ShapeSpec(channels=_CHANNELS, height=14, width=14)
     model.roi_heads.mask_head.conv_dims = [64, 64, 64]
     dataloader.train.mapper.use_instance_mask = True
-    dataloader.evaluator.masks = True
+    dataloader.evaluator.expected_tasks = ["bbox", "segm"]
     return model
 
 
@@ -102,8 +108,8 @@ def small_keypoint_rcnn(dataloader):
     dataloader.train.mapper.keypoint_hflip_indices = L(create_keypoint_hflip_indices)(
         dataset_names="${dataloader.train.dataset.names}"
     )
-    dataloader.evaluator.num_keypoints = _NUM_KEYPOINTS
-    dataloader.evaluator.keypoint_oks_sigmas = [0.05] * _NUM_KEYPOINTS
+    dataloader.evaluator.expected_tasks = ["bbox", "keypoints"]
+    dataloader.evaluator.kpt_oks_sigmas = [0.05] * _NUM_KEYPOINTS
     return model
 
 
