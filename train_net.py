@@ -14,12 +14,6 @@ import argparse
 import logging
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-from detectron2.engine import default_argument_parser
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from fvcore.common.config import CfgNode
-
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets, describe_classes
@@ -35,6 +29,10 @@ from cbbl_d2.engine import (
 )
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import check_keypoint_sigmas
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
 
 
 def load_and_check(args: argparse.Namespace) -> CfgNode:

@@ -10,17 +10,15 @@ several times; trains nothing.
 
 import argparse
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
-from detectron2.structures import Boxes
-
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes
 
 METRICS = ("AP", "AP50", "AP75", "APvs")
 

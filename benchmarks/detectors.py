@@ -16,17 +16,15 @@ import platform
 import statistics
 from typing import Dict, List, Tuple
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
 import tqdm
-from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
-from head import inference, seconds, train_step
-
 from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from head import inference, seconds, train_step
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "SmallShapes")
 PAIRS = (

@@ -20,16 +20,14 @@ import statistics
 import time
 from typing import Callable, Dict, List
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
 import tqdm
+from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
+from cbbl_d2.engine import load_config, one_line_errors
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
-
-from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
-from cbbl_d2.engine import load_config, one_line_errors
 
 PYTHON = platform.python_version()
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")

@@ -21,23 +21,21 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from tqdm import tqdm
-
 from cbbl_d2.data.coco_format import register_coco_format
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.inference import BatchPredictor, load_inference_config
 from cbbl_d2.inference.arguments import number
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 SMALL = 16  # pixels
 NAME = "sliced_inference_mosaics"
@@ -180,9 +178,8 @@ def measure(
 
 def build_merging(cfg: CfgNode, size: int, args: argparse.Namespace) -> Callable:
     """sahi's own way to put slices together: overlapping boxes become their union."""
-    from sahi.predict import get_sliced_prediction
-
     from cbbl_d2.inference.sliced import CBBLDetectionModel
+    from sahi.predict import get_sliced_prediction
 
     def build() -> Callable:
         model = CBBLDetectionModel(model=BatchPredictor(cfg), device=cfg.MODEL.DEVICE)

@@ -5,6 +5,10 @@ import detectron2
 import pytest
 import torch
 import yaml
+from cbbl_d2 import add_cbbl_config
+from cbbl_d2.config import check_cbbl_config
+from cbbl_d2.engine import load_config
+from cbbl_d2.errors import ConfigError
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
@@ -14,11 +18,6 @@ from detectron2.modeling import (
 )
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
-
-from cbbl_d2 import add_cbbl_config
-from cbbl_d2.config import check_cbbl_config
-from cbbl_d2.engine import load_config
-from cbbl_d2.errors import ConfigError
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 NAMES = sorted(

@@ -2,7 +2,6 @@ import os
 import stat
 
 import pytest
-
 from cbbl_d2.files import atomic_folder, atomic_write
 
 

@@ -9,14 +9,13 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from cbbl_d2.engine import load_config
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
-
-from cbbl_d2.engine import load_config
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 NAMES = sorted(

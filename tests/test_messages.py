@@ -1,7 +1,6 @@
 import json
 
 import pytest
-
 from cbbl_d2.messages import count, explain_json_error, listed, short
 
 

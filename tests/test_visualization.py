@@ -5,9 +5,6 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.data.catalog import Metadata  # noqa: E402
-from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.visualization import (  # noqa: E402
     ClassStyle,
@@ -20,6 +17,8 @@ from cbbl_d2.visualization import (  # noqa: E402
     enlargement,
     shrink,
 )
+from detectron2.data.catalog import Metadata  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 
 RED, GREY = (1.0, 0.0, 0.0), 200
 

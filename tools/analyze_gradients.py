@@ -23,12 +23,6 @@ table: these, early and late in training, for the runs of a study (see tools/run
 import argparse
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import build_augmentation
-from detectron2.modeling import build_model
-
 from cbbl_d2.analysis.gradient_curves import STD, plot_gradient_curves
 from cbbl_d2.analysis.gradient_maps import (
     MapColumn,
@@ -45,6 +39,10 @@ from cbbl_d2.engine import check_model_config, load_config, load_weights, one_li
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.modeling.build import build_grid
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
 
 
 def get_parser() -> argparse.ArgumentParser:

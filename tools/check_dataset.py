@@ -16,10 +16,6 @@ import argparse
 import os
 from pathlib import Path
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
-
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import read_coco_json, register_from_config
 from cbbl_d2.data.dataset_checks import check_registered
@@ -35,6 +31,8 @@ from cbbl_d2.dataset_report.suggestions import anchor_levels, format_yaml, sugge
 from cbbl_d2.engine import check_model_config, load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-CBBL-RCNN-FPN.yaml"
 

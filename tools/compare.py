@@ -13,8 +13,6 @@ For several seeds with mean and spread see tools/run_study.py.
 import argparse
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-
 from cbbl_d2.analysis.comparison import as_markdown, plot, read_trainings
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError

@@ -15,8 +15,6 @@ import argparse
 import os
 import sys
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-
 from cbbl_d2.data.datasets.ai_tod import AI_TOD_SPLITS, ai_tod_annotation_files, convert_ai_tod
 from cbbl_d2.data.datasets.hit_uav import HIT_UAV_SPLITS, convert_hit_uav
 from cbbl_d2.data.datasets.public_data import dataset_folder

@@ -24,7 +24,6 @@ import zipfile
 
 import torch
 import torchvision
-
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write

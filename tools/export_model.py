@@ -18,9 +18,14 @@ import os
 import re
 import warnings
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import numpy as np
 import torch
+from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import set_num_classes
+from cbbl_d2.engine.checkpoint import load_weights
+from cbbl_d2.engine.cli import load_config, one_line_errors
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_write
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -29,13 +34,6 @@ from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn import functional as F
-
-from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import set_num_classes
-from cbbl_d2.engine.checkpoint import load_weights
-from cbbl_d2.engine.cli import load_config, one_line_errors
-from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
 
 # Of height and width of the check's images, relative to those of the image that is traced.
 SCALES = ((1.0, 1.0), (0.75, 1.25), (1.25, 0.75))

@@ -14,8 +14,9 @@ What it lacks of train_net.py: docs/training.md, "Lazy configs".
 import argparse
 from typing import Any
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import torch
+from cbbl_d2.engine import CBBLCheckpointer, launch, one_line_errors, start_log
+from cbbl_d2.errors import UserError
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -29,9 +30,6 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from omegaconf import DictConfig
-
-from cbbl_d2.engine import CBBLCheckpointer, launch, one_line_errors, start_log
-from cbbl_d2.errors import UserError
 
 
 def build_model(cfg: DictConfig) -> torch.nn.Module:

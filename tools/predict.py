@@ -24,10 +24,6 @@ With --dataset, AP and APvs are computed as train_net.py does, and go to metrics
 import argparse
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-from detectron2.config import CfgNode
-from detectron2.utils.logger import create_small_table, setup_logger
-
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
@@ -48,6 +44,8 @@ from cbbl_d2.inference.slicing import build_sliced_predictor
 from cbbl_d2.inference.sources import Source, find_source
 from cbbl_d2.inference.writers import WRITERS
 from cbbl_d2.messages import count, listed
+from detectron2.config import CfgNode
+from detectron2.utils.logger import create_small_table, setup_logger
 
 FORMATS = ("pictures", *WRITERS)
 # The lowest score, unless AP needs them all.

@@ -32,9 +32,7 @@ import sys
 import time
 from typing import Dict, List, Tuple
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import tqdm
-
 from cbbl_d2.analysis.gradient_table import gradients_of
 from cbbl_d2.analysis.study import Run, Study, all_results, load_study
 from cbbl_d2.analysis.study_record import changed_settings, commit

@@ -17,11 +17,7 @@ import argparse
 import json
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
 import numpy as np
-from detectron2.utils.logger import setup_logger
-from tqdm import tqdm
-
 from cbbl_d2.data.coco_format import load_coco_format
 from cbbl_d2.data.coco_validation import find_faults, is_positive_number
 from cbbl_d2.engine.cli import one_line_errors
@@ -32,6 +28,8 @@ from cbbl_d2.inference.frames import Skipped, read_frames
 from cbbl_d2.inference.slicing import sahi_is_missing
 from cbbl_d2.inference.sources import Source
 from cbbl_d2.messages import count
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
 
 
 def get_parser() -> argparse.ArgumentParser:

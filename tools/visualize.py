@@ -14,9 +14,6 @@ tools/predict.py draws the same pictures, and writes the boxes to files, too.
 import argparse
 import os
 
-import cbbl_d2  # noqa: F401  isort: skip  (first: it hides a warning that Detectron2 causes)
-from detectron2.utils.logger import setup_logger
-
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
@@ -26,6 +23,7 @@ from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.run import predict_all
 from cbbl_d2.inference.sources import IMAGE_TYPES, find_source
 from cbbl_d2.messages import count
+from detectron2.utils.logger import setup_logger
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 
 import yaml
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import short

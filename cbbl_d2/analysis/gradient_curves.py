@@ -6,12 +6,11 @@ boxes of several sizes: what makes small objects hard to localise, and what C-BB
 from typing import Dict, Sequence, Tuple
 
 import torch
+from cbbl_d2.distribution import cbbl_loss, two_hot
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss, smooth_l1_loss
-
-from cbbl_d2.distribution import cbbl_loss, two_hot
 
 """
 Shape shorthand in this module:

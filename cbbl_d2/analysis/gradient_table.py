@@ -4,7 +4,6 @@ import math
 from typing import Dict, List, Optional
 
 import numpy as np
-
 from cbbl_d2.engine.gradient_stats import SIZES
 from cbbl_d2.errors import UserError
 

@@ -28,13 +28,12 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import yaml
-from detectron2.config import CfgNode
-
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import listed
+from detectron2.config import CfgNode
 
 from .study_record import Record, StudyRecords
 

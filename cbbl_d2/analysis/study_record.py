@@ -34,16 +34,15 @@ import detectron2
 import numpy as np
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
-from pycocotools.coco import COCO
-
 from cbbl_d2.config import add_cbbl_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.bootstrap import bootstrap_ap
 from cbbl_d2.evaluation.coco import prepare_ground_truth
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from pycocotools.coco import COCO
 
 # They differ between runs of one kind, or between machines.
 _NO_SETTING = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE")

@@ -8,7 +8,6 @@ import math
 from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed, plot_text
 

@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable
 
 import torch
+from cbbl_d2.errors import UserError
 from detectron2.data import detection_utils
 from PIL import Image
-
-from cbbl_d2.errors import UserError
 
 __all__ = [
     "BROKEN_IMAGE_ERRORS",

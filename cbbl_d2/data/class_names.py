@@ -4,12 +4,11 @@ import logging
 import os
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 __all__ = [
     "CLASSES_NAME",

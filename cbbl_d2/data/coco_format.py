@@ -17,10 +17,6 @@ import logging
 import os
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-
 from cbbl_d2.data.broken_images import check_depth, missing_images
 from cbbl_d2.data.coco_validation import (
     are_corners,
@@ -32,6 +28,9 @@ from cbbl_d2.data.coco_validation import (
 )
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed, short
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
 __all__ = [
     "is_coco_format",

@@ -9,14 +9,13 @@ import json
 import logging
 import os
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
 from cbbl_d2.architectures import detection_node
 from cbbl_d2.data.broken_images import missing_images
 from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 __all__ = [
     "check_datasets",

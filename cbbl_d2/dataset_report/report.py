@@ -10,13 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.data.detection_utils import check_image_size, read_image
-from PIL import Image
-from tqdm import tqdm
-
 from cbbl_d2.data.broken_images import is_too_deep, why_broken
 from cbbl_d2.data.coco_format import read_coco_json
 from cbbl_d2.data.coco_validation import (
@@ -30,6 +23,12 @@ from cbbl_d2.data.coco_validation import (
 from cbbl_d2.data.dataset_checks import load_dataset
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.data.detection_utils import check_image_size, read_image
+from PIL import Image
+from tqdm import tqdm
 
 from .object_table import ObjectTable, object_table
 from .size_histogram import format_sizes, share_below

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-
 from cbbl_d2.messages import plot_text
 
 __all__ = ["count_sizes", "format_sizes", "plot_sizes", "share_below"]

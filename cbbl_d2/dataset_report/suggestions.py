@@ -9,13 +9,12 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
-from detectron2.modeling.matcher import Matcher
-
 from cbbl_d2.architectures import anchor_node, detection_node
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+from detectron2.modeling.matcher import Matcher
 
 from .anchor_fit import (
     POOR_OVERLAP,

@@ -6,13 +6,12 @@ from typing import Any, Dict, List
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 from cbbl_d2.modeling.torchvision_backbone import as_detector_weights
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 
 class _AtomicPathManager:

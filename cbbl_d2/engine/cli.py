@@ -9,10 +9,9 @@ from typing import Callable, List, Optional
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
-
 from cbbl_d2.config import add_cbbl_config
 from cbbl_d2.errors import ConfigError, UserError
+from detectron2.config import CfgNode, get_cfg
 
 
 def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:

@@ -3,6 +3,10 @@
 import difflib
 
 import torch
+from cbbl_d2.architectures import anchor_node
+from cbbl_d2.errors import ConfigError
+from cbbl_d2.messages import listed
+from cbbl_d2.modeling.build import check_voting
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -11,11 +15,6 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
     GeneralizedRCNN,
 )
-
-from cbbl_d2.architectures import anchor_node
-from cbbl_d2.errors import ConfigError
-from cbbl_d2.messages import listed
-from cbbl_d2.modeling.build import check_voting
 
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
-from detectron2.config import CfgNode
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed
+from detectron2.config import CfgNode
 
 # As Detectron2 writes the losses into its FloatingPointError, with or without NumPy's type.
 _LOSS = re.compile(r"'([^']+)': (?:np\.float64\()?(nan|-?inf)")

@@ -3,13 +3,12 @@
 import os
 from typing import Any, Callable, Dict, Sequence
 
+from cbbl_d2.data.class_names import check_class_names, class_names_beside
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
-
-from cbbl_d2.data.class_names import check_class_names, class_names_beside
 
 from .checkpoint import CBBLCheckpointer
 

@@ -26,6 +26,7 @@ import inspect
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
+from cbbl_d2.compat import box_tensors
 from detectron2.engine import HookBase
 from detectron2.layers import cat, nonzero_tuple
 from detectron2.modeling.meta_arch import RetinaNet
@@ -35,8 +36,6 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes
 from detectron2.utils import comm
 from torch import nn
-
-from cbbl_d2.compat import box_tensors
 
 """
 Shape shorthand in this module:

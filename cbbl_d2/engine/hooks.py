@@ -2,11 +2,10 @@
 
 from typing import Any, Dict, List, Optional
 
-from detectron2.engine import HookBase, hooks
-from detectron2.utils import comm
-
 from cbbl_d2.compat import at_last_iteration
 from cbbl_d2.data.train_loader import ResumableTrainLoader
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 
 from .rng import rng_state, set_rng_state
 

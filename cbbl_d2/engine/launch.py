@@ -8,15 +8,14 @@ import sys
 from typing import Any, Callable
 
 import torch
+from cbbl_d2.compat import needs_gpu_to_launch
+from cbbl_d2.errors import UserError
+from cbbl_d2.messages import count
 from detectron2.engine import default_setup
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-
-from cbbl_d2.compat import needs_gpu_to_launch
-from cbbl_d2.errors import UserError
-from cbbl_d2.messages import count
 
 from .cli import error_message
 

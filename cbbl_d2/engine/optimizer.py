@@ -1,11 +1,10 @@
 """The choice of the optimizer, which Detectron2's config lacks."""
 
 import torch
+from cbbl_d2.errors import ConfigError
 from detectron2 import solver
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-
-from cbbl_d2.errors import ConfigError
 
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -5,12 +5,6 @@ import logging
 import os
 from typing import Any, Dict
 
-from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, hooks
-from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-
 from cbbl_d2.compat import default_trainer_parts, load_optimizer, with_optimizer
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
@@ -18,6 +12,11 @@ from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .divergence import explain_divergence, is_finite, user_errors_in_one_line

@@ -9,18 +9,17 @@ import logging
 import os
 
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.logger import create_small_table
-from pycocotools.coco import COCO
-
 from cbbl_d2.compat import has_fast_evaluation
 from cbbl_d2.data.coco_format import is_coco_format
 from cbbl_d2.data.coco_validation import check_structure, describe_faults, find_faults
 from cbbl_d2.data.ignored_regions import covered_share
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, short
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.logger import create_small_table
+from pycocotools.coco import COCO
 
 from .report import average_precision, count_objects, write_per_class, write_pr_curves
 from .rules import (

@@ -7,10 +7,9 @@ import csv
 from collections.abc import Mapping
 
 import numpy as np
-from pycocotools.coco import COCO
-
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import plot_text
+from pycocotools.coco import COCO
 
 __all__ = ["average_precision", "count_objects", "write_per_class", "write_pr_curves"]
 

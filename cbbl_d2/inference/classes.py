@@ -8,14 +8,13 @@ import json
 import os
 from typing import Sequence
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
-
 from cbbl_d2.architectures import detection_node
 from cbbl_d2.data.class_names import check_class_names, class_names_beside, read_class_names
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,12 @@ import os
 from typing import Sequence
 
 import yaml
-from detectron2.config import CfgNode
-
 from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered, set_num_classes
 from cbbl_d2.engine.cli import load_config
 from cbbl_d2.errors import ConfigError, UserError
+from detectron2.config import CfgNode
 
 CONFIG_NAME = "config.yaml"
 

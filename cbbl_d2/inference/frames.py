@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import cv2
 import numpy as np
+from cbbl_d2.data.broken_images import is_too_deep, why_broken
+from cbbl_d2.errors import UserError
 from detectron2.data.detection_utils import check_image_size, read_image
 from PIL import Image
 from tqdm import tqdm
-
-from cbbl_d2.data.broken_images import is_too_deep, why_broken
-from cbbl_d2.errors import UserError
 
 from .names import unique_stems
 from .sources import Source

@@ -3,11 +3,10 @@
 import contextlib
 import io
 
+from cbbl_d2.evaluation import build_coco_evaluator
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
-
-from cbbl_d2.evaluation import build_coco_evaluator
 
 from .frames import Frame
 from .writers import write_json

@@ -5,11 +5,10 @@ import logging
 import os
 from collections.abc import Sequence
 
-from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.visualization import contact_sheet, draw_instances, draw_pair, shrink
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
 
 from .frames import Frame, Skipped
 from .names import OVERVIEW, picture_names

@@ -4,13 +4,12 @@ from typing import Sequence
 
 import numpy as np
 import torch
+from cbbl_d2.engine.checkpoint import load_weights
+from cbbl_d2.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-
-from cbbl_d2.engine.checkpoint import load_weights
-from cbbl_d2.errors import UserError
 
 
 class BatchPredictor:

@@ -1,8 +1,7 @@
 """Sliced inference as an option: what has to be said before sahi is imported."""
 
-from detectron2.config import CfgNode
-
 from cbbl_d2.errors import UserError
+from detectron2.config import CfgNode
 
 from .predictor import BatchPredictor
 from .run import Predictor

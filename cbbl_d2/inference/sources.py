@@ -5,10 +5,9 @@ import glob
 import os
 from collections.abc import Sequence
 
-from detectron2.data import MetadataCatalog
-
 from cbbl_d2.data.dataset_checks import load_dataset
 from cbbl_d2.errors import UserError
+from detectron2.data import MetadataCatalog
 
 from .names import relative_names
 

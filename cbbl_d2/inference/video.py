@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
-
 from cbbl_d2.errors import UserError
 
 _DEFAULT_FPS = 25.0

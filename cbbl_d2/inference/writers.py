@@ -12,11 +12,10 @@ from typing import IO, Any
 
 import cv2
 import numpy as np
-from detectron2.utils.visualizer import GenericMask
-from pycocotools import mask as mask_util
-
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
+from detectron2.utils.visualizer import GenericMask
+from pycocotools import mask as mask_util
 
 from .classes import Classes
 from .names import unique_stems

@@ -3,10 +3,9 @@
 from typing import Sequence, Tuple
 
 import torch
+from cbbl_d2.distribution import expectation, variance
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import nn
-
-from cbbl_d2.distribution import expectation, variance
 
 """
 Shape shorthand in this module:

@@ -3,11 +3,10 @@
 from typing import List
 
 import torch
-from detectron2.modeling import ROI_HEADS_REGISTRY
-
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from .localization_loss import LocalizationLoss
 

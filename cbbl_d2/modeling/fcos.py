@@ -3,6 +3,7 @@
 from typing import Dict, Optional
 
 import torch
+from cbbl_d2.compat import box_tensors, dense_head_norm, with_a_box
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone.fpn import (
@@ -10,8 +11,6 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-
-from cbbl_d2.compat import box_tensors, dense_head_norm, with_a_box
 
 from .box_regression import CBBLBox2BoxTransformLinear
 from .build import build_grid, build_localization_loss

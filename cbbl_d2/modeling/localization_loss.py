@@ -4,13 +4,12 @@ import logging
 from typing import Dict, List
 
 import torch
+from cbbl_d2.distribution import LABELS, UNCERTAINTIES, cbbl_loss
 from detectron2.layers import cat, nonzero_tuple
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torchvision.ops import generalized_box_iou_loss
-
-from cbbl_d2.distribution import LABELS, UNCERTAINTIES, cbbl_loss
 
 from .monitoring import log_localization_stats
 

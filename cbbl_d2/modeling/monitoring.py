@@ -3,9 +3,8 @@
 from typing import Optional
 
 import torch
-from detectron2.utils.events import get_event_storage
-
 from cbbl_d2.distribution import cbbl_loss, expectation
+from detectron2.utils.events import get_event_storage
 
 
 @torch.no_grad()

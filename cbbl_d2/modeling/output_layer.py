@@ -1,9 +1,8 @@
 """The layer that predicts distributions in the place of one that predicts offsets."""
 
 import torch
-from torch import nn
-
 from cbbl_d2.distribution import gaussian_logits
+from torch import nn
 
 
 def distribution_layer(

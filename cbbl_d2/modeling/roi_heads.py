@@ -1,5 +1,6 @@
 """ROI heads whose box predictors are C-BBL."""
 
+from cbbl_d2.errors import ConfigError
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -7,8 +8,6 @@ from detectron2.modeling.roi_heads import (
     Res5ROIHeads,
     StandardROIHeads,
 )
-
-from cbbl_d2.errors import ConfigError
 
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_cascade_grids

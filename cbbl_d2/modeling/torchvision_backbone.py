@@ -5,6 +5,8 @@ from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torchvision
+from cbbl_d2.errors import ConfigError, UserError
+from cbbl_d2.messages import listed
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
@@ -13,9 +15,6 @@ from iopath.common.file_io import PathHandler
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops.misc import Conv2dNormActivation
-
-from cbbl_d2.errors import ConfigError, UserError
-from cbbl_d2.messages import listed
 
 NORMS = ("FrozenBN", "BN", "SyncBN")
 _STRIDES = {f"c{i}": 2**i for i in range(1, 6)}

@@ -4,8 +4,6 @@ What C-BBL changes in Detectron2's Lazy configs, in place. The values are those 
 Each of Detectron2's models keeps its parts and their settings, but for those that localize.
 """
 
-from detectron2.config import LazyCall as L
-
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.modeling import (
     CBBLFCOS,
@@ -17,6 +15,7 @@ from cbbl_d2.modeling import (
     LocalizationLoss,
 )
 from cbbl_d2.modeling.fcos import dense_head_norm
+from detectron2.config import LazyCall as L
 
 # The grids cover the offsets after the weights of the box transform; that of FCOS the distances to
 # the sides of a box in strides. The meaning of each value: cbbl_d2/config.py.

@@ -1,9 +1,8 @@
 """Detectron2's data for COCO, whose AP is also by size."""
 
-from detectron2 import model_zoo
-
 from cbbl_d2.compat import has_fast_evaluation
 from cbbl_d2.evaluation import SmallObjectCOCOEvaluator
+from detectron2 import model_zoo
 
 coco = model_zoo.get_config("common/data/coco.py").dataloader
 coco_keypoint = model_zoo.get_config("common/data/coco_keypoint.py").dataloader

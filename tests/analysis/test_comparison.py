@@ -6,8 +6,6 @@ import sys
 
 import pytest
 import yaml
-from detectron2.config import LazyConfig
-
 from cbbl_d2.analysis.comparison import (
     as_markdown,
     differing_keys,
@@ -16,6 +14,7 @@ from cbbl_d2.analysis.comparison import (
     read_trainings,
 )
 from cbbl_d2.errors import UserError
+from detectron2.config import LazyConfig
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
 from cbbl_d2.analysis.gradient_curves import (
     SIZES,
     gradient_curves,

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from cbbl_d2.analysis.gradient_maps import MapColumn, localisation_gradient_map, plot_gradient_maps
 from detectron2.utils.events import EventStorage
 
-from cbbl_d2.analysis.gradient_maps import MapColumn, localisation_gradient_map, plot_gradient_maps
 from tests.modeling.detectors import DETECTORS, build, image
 
 

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import yaml
-
 from cbbl_d2.analysis.gradient_table import (
     gradients_as_markdown,
     gradients_of,

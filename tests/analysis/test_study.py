@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import yaml
-
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.analysis.study_table import (
     as_csv,

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import yaml
-
 from cbbl_d2.analysis import study_record
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.analysis.study_record import StudyRecords

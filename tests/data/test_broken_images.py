@@ -10,14 +10,6 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import (  # noqa: E402
-    DatasetFromList,
-    DatasetMapper,
-    build_detection_train_loader,
-    detection_utils,
-)
-from PIL import Image  # noqa: E402
-
 from cbbl_d2.data.broken_images import (  # noqa: E402
     BROKEN_IMAGE_ERRORS,
     NameBrokenImage,
@@ -25,6 +17,13 @@ from cbbl_d2.data.broken_images import (  # noqa: E402
     missing_images,
 )
 from cbbl_d2.errors import UserError  # noqa: E402
+from detectron2.data import (  # noqa: E402
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    detection_utils,
+)
+from PIL import Image  # noqa: E402
 
 SIZE = 200  # noise of this size fills several chunks of a PNG
 LOGGER = "cbbl_d2.data.broken_images"

@@ -8,12 +8,6 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import load_coco_json  # noqa: E402
-from detectron2.evaluation import COCOEvaluator  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-
 from cbbl_d2.config import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import (  # noqa: E402
     is_coco_format,
@@ -23,6 +17,11 @@ from cbbl_d2.data.coco_format import (  # noqa: E402
 )
 from cbbl_d2.errors import ConfigError  # noqa: E402
 from cbbl_d2.evaluation.coco import prepare_ground_truth  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
+from detectron2.data.datasets import load_coco_json  # noqa: E402
+from detectron2.evaluation import COCOEvaluator  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48  # of the images of the fixture ``content``
 LOGGERS = ("cbbl_d2.data.coco_format", "cbbl_d2.evaluation.coco")

@@ -4,10 +4,6 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
-
 from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from cbbl_d2.data.dataset_checks import (  # noqa: E402
@@ -16,6 +12,9 @@ from cbbl_d2.data.dataset_checks import (  # noqa: E402
     set_num_classes,
 )
 from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
 
 
 def make_cfg(train=(), test=(), num_classes=2):

@@ -17,15 +17,6 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import (  # noqa: E402
-    DatasetCatalog,
-    DatasetFromList,
-    DatasetMapper,
-    MetadataCatalog,
-)
-from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-
 from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data import register_coco_format  # noqa: E402
 from cbbl_d2.data.broken_images import NameBrokenImage, SkipBrokenImages  # noqa: E402
@@ -34,6 +25,14 @@ from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
 from cbbl_d2.dataset_report.report import check_images, report_on  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import (  # noqa: E402
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+)
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48
 GRAY = 90  # of every image, red and green and blue alike

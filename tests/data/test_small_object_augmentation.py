@@ -3,11 +3,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetMapper
-from detectron2.data import transforms as T
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
-from PIL import Image
-
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.small_object_augmentation import (
     PastePatches,
@@ -18,6 +13,10 @@ from cbbl_d2.data.small_object_augmentation import (
 )
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import ConfigError
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from PIL import Image
 
 SIZE = (90, 120)  # height, width
 

@@ -2,10 +2,9 @@ import itertools
 
 import pytest
 import torch
+from cbbl_d2.data.train_loader import ResumableSampler, ResumableTrainLoader
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
-
-from cbbl_d2.data.train_loader import ResumableSampler, ResumableTrainLoader
 
 
 def batches_of(indices, batch_size, is_wide):

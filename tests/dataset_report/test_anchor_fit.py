@@ -6,12 +6,6 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.layers import ShapeSpec  # noqa: E402
-from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
-from detectron2.modeling.matcher import Matcher  # noqa: E402
-from detectron2.modeling.proposal_generator import build_proposal_generator  # noqa: E402
-from detectron2.structures import Boxes, Instances, pairwise_iou  # noqa: E402
-
 from cbbl_d2.dataset_report.anchor_fit import (  # noqa: E402
     AnchorLevels,
     best_overlaps,
@@ -20,6 +14,11 @@ from cbbl_d2.dataset_report.anchor_fit import (  # noqa: E402
     regression_targets,
 )
 from cbbl_d2.dataset_report.object_table import ObjectTable  # noqa: E402
+from detectron2.layers import ShapeSpec  # noqa: E402
+from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
+from detectron2.modeling.matcher import Matcher  # noqa: E402
+from detectron2.modeling.proposal_generator import build_proposal_generator  # noqa: E402
+from detectron2.structures import Boxes, Instances, pairwise_iou  # noqa: E402
 
 RATIOS = [0.5, 1.0, 2.0]
 

@@ -3,10 +3,9 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from detectron2.data.transforms import ResizeShortestEdge  # noqa: E402
-
 from cbbl_d2.data.coco_validation import find_faults  # noqa: E402
 from cbbl_d2.dataset_report.object_table import object_table, resized_shapes  # noqa: E402
+from detectron2.data.transforms import ResizeShortestEdge  # noqa: E402
 
 
 def table(content):

@@ -8,9 +8,6 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import BoxMode  # noqa: E402
-
 from cbbl_d2.data import register_coco_format  # noqa: E402
 from cbbl_d2.dataset_report.report import (  # noqa: E402
     check_images,
@@ -19,6 +16,8 @@ from cbbl_d2.dataset_report.report import (  # noqa: E402
     report_on,
 )
 from cbbl_d2.engine import load_config  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.structures import BoxMode  # noqa: E402
 
 
 def report(content, **kwargs):

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from cbbl_d2.distribution import exponential_grid
 
 ALPHAS = (0.5, 2.0, 5.0)

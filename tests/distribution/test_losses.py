@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from cbbl_d2.distribution import UNCERTAINTIES, cbbl_loss, entropy, exponential_grid, two_hot
 
 

@@ -2,12 +2,11 @@ import os
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
-
 from cbbl_d2.engine import CBBLCheckpointer, load_weights
 from cbbl_d2.engine.checkpoint import BestModelCheckpointer
 from cbbl_d2.errors import UserError
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 
 
 class Layers(torch.nn.Module):

@@ -3,7 +3,6 @@ import sys
 
 import pytest
 import torch
-
 from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import ConfigError, UserError
 

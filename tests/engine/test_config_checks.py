@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from cbbl_d2.engine import check_engine_config, check_model_config
 from cbbl_d2.errors import ConfigError
 

@@ -13,14 +13,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from cbbl_d2.engine import launch, load_config
+from cbbl_d2.errors import UserError
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
-
-from cbbl_d2.engine import launch, load_config
-from cbbl_d2.errors import UserError
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "SmallShapes")
 ITERATIONS = 5

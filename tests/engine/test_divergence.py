@@ -3,12 +3,11 @@ import os
 
 import pytest
 import torch
-from detectron2.engine import HookBase
-from torch import nn
-
 from cbbl_d2.engine import CBBLTrainer, load_config
 from cbbl_d2.engine.divergence import explain_divergence
 from cbbl_d2.errors import UserError
+from detectron2.engine import HookBase
+from torch import nn
 
 
 class Break(HookBase):

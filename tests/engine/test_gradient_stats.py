@@ -6,14 +6,14 @@ import types
 
 import pytest
 import torch
-from detectron2.engine import HookBase
-from detectron2.utils.events import EventStorage
-from torch import nn
-
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.engine import CBBLTrainer
 from cbbl_d2.engine.gradient_stats import SIZES, GradientStats, feature_gradients
 from cbbl_d2.errors import ConfigError
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
+from torch import nn
+
 from tests.modeling.detectors import DETECTORS, batch, build, localisation_layers
 
 EVERY = [(name, stock) for name in DETECTORS for stock in (False, True)]

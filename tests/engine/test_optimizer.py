@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from cbbl_d2.engine.optimizer import build_optimizer
 from cbbl_d2.errors import ConfigError
 

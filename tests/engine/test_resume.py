@@ -10,13 +10,12 @@ import time
 
 import pytest
 import torch
-from detectron2.engine import HookBase, hooks
-from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import JSONWriter, get_event_storage
-
 from cbbl_d2.engine import CBBLTrainer, load_config
 from cbbl_d2.engine.hooks import BestCheckpointer
 from cbbl_d2.errors import UserError
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import JSONWriter, get_event_storage
 
 # Timings differ from run to run.
 NOT_COMPARED = {"time", "data_time", "eta_seconds", "rank_data_time"}

@@ -2,7 +2,6 @@ import random
 
 import numpy as np
 import torch
-
 from cbbl_d2.engine.rng import preserve_rng, rng_state, set_rng_state
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from cbbl_d2.engine import CBBLTrainer
 
 import train_net
-from cbbl_d2.engine import CBBLTrainer
 
 
 def _train(cfg):

@@ -9,14 +9,13 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-
 from cbbl_d2.data.datasets.public_data import CocoWriter  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
 from cbbl_d2.evaluation import coco as coco_module  # noqa: E402
 from cbbl_d2.evaluation.rules import SizeMetric  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 
 WIDTH, HEIGHT = 200, 100
 

@@ -10,15 +10,14 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-from detectron2.structures.masks import polygons_to_bitmask  # noqa: E402
-
 from cbbl_d2.data import SmallShapesSpec, register_coco_format, register_small_shapes  # noqa: E402
 from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator, check_keypoint_sigmas  # noqa: E402
 from cbbl_d2.evaluation import coco as coco_module  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
+from detectron2.structures.masks import polygons_to_bitmask  # noqa: E402
 
 NAME = "cbbl_test_boxes"
 SMALL, OTHER_SMALL = [10, 10, 20, 20], [40, 40, 56, 56]  # XYXY, areas 100 and 256

@@ -3,14 +3,13 @@ import csv
 import cv2
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-
 from cbbl_d2.evaluation.report import (
     average_precision,
     count_objects,
     write_per_class,
     write_pr_curves,
 )
+from pycocotools.coco import COCO
 
 
 def step(recall):

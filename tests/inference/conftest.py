@@ -8,10 +8,9 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from cbbl_d2.engine import load_config  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
-
-from cbbl_d2.engine import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "8"]

@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("detectron2")
 pytest.importorskip("sahi")
 
-from detectron2.data import DatasetCatalog  # noqa: E402
-
 from cbbl_d2.errors import UserError  # noqa: E402
+from detectron2.data import DatasetCatalog  # noqa: E402
 
 
 @pytest.fixture(scope="module")

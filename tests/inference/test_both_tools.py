@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.structures import BoxMode  # noqa: E402
-
 import cbbl_d2.inference.pictures  # noqa: E402
 from cbbl_d2.inference import BatchPredictor, load_inference_config  # noqa: E402
+from detectron2.structures import BoxMode  # noqa: E402
+
 from tests.modeling.detectors import build, config  # noqa: E402
 
 NAMES = ["faster", "cascade", "retinanet", "fcos", "mask", "keypoint"]

@@ -6,12 +6,11 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-
 from cbbl_d2.data.class_names import save_class_names  # noqa: E402
 from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference import find_classes, load_inference_config  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 NAME = "cbbl_test_find_classes"
 

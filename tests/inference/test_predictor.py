@@ -4,10 +4,9 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.engine import DefaultPredictor  # noqa: E402
-
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference import BatchPredictor, load_inference_config  # noqa: E402
+from detectron2.engine import DefaultPredictor  # noqa: E402
 
 
 @pytest.fixture(scope="module")

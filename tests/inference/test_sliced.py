@@ -5,11 +5,10 @@ import torch
 pytest.importorskip("detectron2")
 pytest.importorskip("sahi")
 
-from detectron2.structures import Boxes, Instances  # noqa: E402
-from sahi.predict import get_sliced_prediction  # noqa: E402
-
 from cbbl_d2.inference import BatchPredictor, load_inference_config  # noqa: E402
 from cbbl_d2.inference.sliced import CBBLDetectionModel, SlicedPredictor  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+from sahi.predict import get_sliced_prediction  # noqa: E402
 
 
 class SquareFinder:

@@ -9,8 +9,6 @@ from pycocotools.coco import COCO
 
 pytest.importorskip("detectron2")
 
-from detectron2.data.catalog import Metadata  # noqa: E402
-
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference import Classes, ImageResult, to_detections  # noqa: E402
 from cbbl_d2.inference.writers import (  # noqa: E402
@@ -19,6 +17,7 @@ from cbbl_d2.inference.writers import (  # noqa: E402
     write_csv,
     write_yolo,
 )
+from detectron2.data.catalog import Metadata  # noqa: E402
 
 CLASSES = Classes(('a: "q"', "b"), (3, 7), "", Metadata())
 

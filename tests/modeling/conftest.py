@@ -1,5 +1,4 @@
 import pytest
-
 from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 
 

@@ -6,11 +6,10 @@ import functools
 import os
 
 import torch
+from cbbl_d2.engine import load_config
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
-
-from cbbl_d2.engine import load_config
 
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "SmallShapes", "cbbl.yaml")
 NUM_CLASSES = 5

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
-
 from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.modeling import LocalizationLoss
+from detectron2.utils.events import EventStorage
 
 from .detectors import DETECTORS, batch, build, localisation_layers, set_score_threshold
 

@@ -2,11 +2,10 @@ import copy
 
 import pytest
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-
 from cbbl_d2.distribution import exponential_grid, two_hot
 from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 from cbbl_d2.modeling.output_layer import distribution_layer
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 

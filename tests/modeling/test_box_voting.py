@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
-
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 

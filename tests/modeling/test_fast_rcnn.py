@@ -2,14 +2,13 @@ import math
 
 import pytest
 import torch
+from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
+from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers, LocalizationLoss
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-
-from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
-from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers, LocalizationLoss
 
 K, B = 3, 6
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)

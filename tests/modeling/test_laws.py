@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.utils.events import EventStorage
-
 from cbbl_d2.distribution import exponential_grid, two_hot
 from cbbl_d2.modeling import (
     CBBLBox2BoxTransform,
     CBBLBox2BoxTransformLinear,
     CBBLFastRCNNOutputLayers,
 )
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 NUM_REGIONS, NUM_CLASSES = 64, 3

@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
+from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
+from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear, LocalizationLoss
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from fvcore.nn import giou_loss
-
-from cbbl_d2.distribution import cbbl_loss, exponential_grid, two_hot
-from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear, LocalizationLoss
 
 DELTA = CBBLBox2BoxTransform((10.0, 10.0, 5.0, 5.0), exponential_grid(5.0, 1.0, 5))
 LINEAR = CBBLBox2BoxTransformLinear(exponential_grid(8.0, 0.25, 9, one_sided=True))

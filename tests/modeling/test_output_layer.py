@@ -1,9 +1,8 @@
 import pytest
 import torch
-from torch import nn
-
 from cbbl_d2.distribution import expectation, exponential_grid, gaussian_logits, variance
 from cbbl_d2.modeling.output_layer import distribution_layer
+from torch import nn
 
 GRID = exponential_grid(2.0, 1.0, 6)
 B = 7

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
-from detectron2.structures import Boxes
-
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.structures import Boxes
 
 from .detectors import NUM_CLASSES, batch, build, config, set_score_threshold
 

@@ -4,16 +4,15 @@ import os
 import pytest
 import torch
 import torchvision
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone, build_model
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-
 from cbbl_d2.engine import CBBLCheckpointer, load_config
 from cbbl_d2.engine.optimizer import build_optimizer
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.modeling import TorchvisionNetwork
 from cbbl_d2.modeling.torchvision_backbone import TorchvisionWeightsHandler, pretrained_input
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone, build_model
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 # Network -> the nodes of torchvision's that are its feature maps, from stride 4 on, and its stem
 NETWORKS = {

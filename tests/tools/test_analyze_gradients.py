@@ -6,9 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
-
 from cbbl_d2.engine import load_config
+from detectron2.modeling import build_model
 
 TINY = ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "8", "MODEL.RPN.CONV_DIMS", "[8]"]
 TINY += ["MODEL.ROI_BOX_HEAD.FC_DIM", "8", "INPUT.MIN_SIZE_TEST", "64"]

@@ -11,14 +11,13 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import cbbl_d2.inference.pictures  # noqa: E402
+from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
+from cbbl_d2.engine import load_config  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
-
-import cbbl_d2.inference.pictures  # noqa: E402
-from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
-from cbbl_d2.engine import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "8"]

@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import cbbl_d2.inference.pictures  # noqa: E402
+from cbbl_d2.engine.cli import load_config  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.catalog import Metadata  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import BoxMode, Instances  # noqa: E402
-
-import cbbl_d2.inference.pictures  # noqa: E402
-from cbbl_d2.engine.cli import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/SmallShapes/cbbl.yaml")

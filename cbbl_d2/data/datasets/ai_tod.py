@@ -15,8 +15,6 @@ sizes, by the square root of the box's area: very tiny (APvt) up to 8 px, tiny (
 
 import os
 
-from tqdm import tqdm
-
 from cbbl_d2.data.datasets.public_data import (
     CocoWriter,
     converted_json,
@@ -27,6 +25,7 @@ from cbbl_d2.data.datasets.public_data import (
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
 from cbbl_d2.messages import count, listed
+from tqdm import tqdm
 
 __all__ = ["AI_TOD_CLASSES", "AI_TOD_SPLITS", "ai_tod_annotation_files", "convert_ai_tod"]
 

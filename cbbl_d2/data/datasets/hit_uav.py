@@ -23,9 +23,6 @@ import hashlib
 import itertools
 import os
 
-from PIL import Image
-from tqdm import tqdm
-
 from cbbl_d2.data.coco_format import read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.data.datasets.public_data import CocoWriter, converted_json, register_public
@@ -33,6 +30,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, listed
+from PIL import Image
+from tqdm import tqdm
 
 __all__ = ["HIT_UAV_CLASSES", "HIT_UAV_SPLITS", "convert_hit_uav", "sequence_of"]
 

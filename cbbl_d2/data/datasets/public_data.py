@@ -12,15 +12,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
-
 from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 
 __all__ = [
     "CocoWriter",

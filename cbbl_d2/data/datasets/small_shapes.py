@@ -27,17 +27,16 @@ import logging
 import os
 
 import numpy as np
+from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
+from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
+from cbbl_d2.errors import UserError
+from cbbl_d2.files import atomic_folder
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
-
-from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
-from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
-from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_folder
 
 __all__ = ["SmallShapesSpec", "generate_small_shapes", "register_small_shapes"]
 

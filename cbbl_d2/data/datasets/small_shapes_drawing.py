@@ -19,7 +19,6 @@ import json
 import math
 
 import numpy as np
-
 from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, Shape
 from cbbl_d2.errors import UserError
 

@@ -22,9 +22,6 @@ box's area.
 
 import os
 
-from PIL import Image
-from tqdm import tqdm
-
 from cbbl_d2.data.datasets.public_data import (
     CocoWriter,
     converted_json,
@@ -36,6 +33,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
+from PIL import Image
+from tqdm import tqdm
 
 __all__ = ["TINY_PERSON_CLASSES", "TINY_PERSON_FILES", "convert_tiny_person"]
 

@@ -32,9 +32,6 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
 from cbbl_d2.data.datasets.public_data import (
     CocoWriter,
     converted_json,
@@ -45,6 +42,8 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
+from PIL import Image
+from tqdm import tqdm
 
 __all__ = ["VISDRONE_CLASSES", "VISDRONE_FOLDERS", "convert_visdrone", "read_visdrone_boxes"]
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
+from cbbl_d2.data.datasets.ai_tod import AI_TOD_CLASSES, convert_ai_tod  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.engine import default_argument_parser  # noqa: E402
 
 import train_net  # noqa: E402
-from cbbl_d2.data.datasets.ai_tod import AI_TOD_CLASSES, convert_ai_tod  # noqa: E402
 
 SIZE = 96
 

@@ -7,8 +7,6 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-
 from cbbl_d2.data.datasets import hit_uav  # noqa: E402
 from cbbl_d2.data.datasets.hit_uav import (  # noqa: E402
     HIT_UAV_CLASSES,
@@ -16,6 +14,7 @@ from cbbl_d2.data.datasets.hit_uav import (  # noqa: E402
     convert_hit_uav,
     sequence_of,
 )
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48
 CATEGORIES = ("Person", "Car", "Bicycle", "OtherVehicle", "DontCare")

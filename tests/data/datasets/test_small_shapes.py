@@ -13,12 +13,6 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import create_keypoint_hflip_indices  # noqa: E402
-from detectron2.structures.masks import polygon_area  # noqa: E402
-from PIL import Image  # noqa: E402
-
 from cbbl_d2.data.datasets import small_shapes, small_shapes_drawing  # noqa: E402
 from cbbl_d2.data.datasets.small_shapes import (  # noqa: E402
     SmallShapesSpec,
@@ -33,6 +27,11 @@ from cbbl_d2.data.datasets.small_shapes_drawing import (  # noqa: E402
 )
 from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
+from detectron2.data.detection_utils import create_keypoint_hflip_indices  # noqa: E402
+from detectron2.structures.masks import polygon_area  # noqa: E402
+from PIL import Image  # noqa: E402
 
 TINY = SmallShapesSpec(num_train=3, num_val=2, num_test=1, image_size=96)
 

@@ -8,14 +8,13 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
+from cbbl_d2.data.datasets.tiny_person import convert_tiny_person  # noqa: E402
+from cbbl_d2.engine import load_config  # noqa: E402
 from detectron2.data import (  # noqa: E402
     DatasetCatalog,
     DatasetMapper,
     get_detection_dataset_dicts,
 )
-
-from cbbl_d2.data.datasets.tiny_person import convert_tiny_person  # noqa: E402
-from cbbl_d2.engine import load_config  # noqa: E402
 
 WIDTH, HEIGHT = 80, 48
 TRAIN_FILE = (

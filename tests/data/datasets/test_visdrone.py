@@ -8,16 +8,16 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts  # noqa: E402
-from detectron2.engine import default_argument_parser  # noqa: E402
-
-import train_net  # noqa: E402
 from cbbl_d2.data.datasets.visdrone import (  # noqa: E402
     VISDRONE_CLASSES,
     convert_visdrone,
     read_visdrone_boxes,
 )
 from cbbl_d2.errors import UserError  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts  # noqa: E402
+from detectron2.engine import default_argument_parser  # noqa: E402
+
+import train_net  # noqa: E402
 
 WIDTH, HEIGHT = 96, 64
 # One line of each kind: the ignored region covers x from 60 to 96 and y from 0 to 40.
