@@ -7,7 +7,7 @@ with some thousand objects, predicted on whole and in slices.
 
 Prints for each way of prediction: AP and APvs; the recall of objects under 16 pixels (sqrt of the
 area) at IoU 0.5, at the lowest score threshold where the precision of all detections is still
---precision; and seconds for an image. Recall at a fixed score would favour the way with more false
+--precision; and seconds for an image. Recall at a fixed score would favor the way with more false
 detections.
 """
 

@@ -13,7 +13,7 @@ def add_cbbl_config(cfg: CN) -> None:
     Add the keys of this project to a Detectron2 config, in place. The defaults of the grids of the
     box head and of the RPN are the paper's.
 
-    How strongly the localisation loss counts as a whole is said by Detectron2's own keys where it
+    How strongly the localization loss counts as a whole is said by Detectron2's own keys where it
     has them: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT`` and ``MODEL.RPN.BBOX_REG_LOSS_WEIGHT``.
     ``MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG`` chooses between ``4 * (n + 1)`` and
     ``K * 4 * (n + 1)`` outputs of the box head.
@@ -21,13 +21,13 @@ def add_cbbl_config(cfg: CN) -> None:
     _C = cfg
 
     # ---------------------------------------------------------------------------- #
-    # C-BBL: localisation as classification over a grid of offsets
+    # C-BBL: localization as classification over a grid of offsets
     # ---------------------------------------------------------------------------- #
     _C.MODEL.CBBL = CN()
 
     # -- The loss, in every C-BBL part of the model
 
-    # Target distribution of an offset. Options: "two_hot" (its two neighbours on the grid,
+    # Target distribution of an offset. Options: "two_hot" (its two neighbors on the grid,
     # weighted such that the expectation is the offset), "one_hot" (the nearest point).
     _C.MODEL.CBBL.LABEL = "two_hot"
 
@@ -91,7 +91,7 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.CBBL.RETINANET.BETA = 1.0
     _C.MODEL.CBBL.RETINANET.NUM_INTERVALS = 10
     _C.MODEL.CBBL.RETINANET.INIT_STD = 0.0
-    # Weight of the whole localisation loss, for which Detectron2's RetinaNet has no key. For each
+    # Weight of the whole localization loss, for which Detectron2's RetinaNet has no key. For each
     # positive anchor the cross entropy starts at 4 * log(n + 1), here 9.6, many times what
     # Smooth-L1 starts at: with weight 1 it drowns the classification loss.
     _C.MODEL.CBBL.RETINANET.BBOX_REG_LOSS_WEIGHT = 0.25
@@ -114,10 +114,10 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.FCOS.NUM_CLASSES = 80
     _C.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     _C.MODEL.FCOS.NUM_CONVS = 4
-    # Normalisation of these convolutions; see detectron2.layers.get_norm
+    # Normalization of these convolutions; see detectron2.layers.get_norm
     _C.MODEL.FCOS.NORM = "GN"
     _C.MODEL.FCOS.PRIOR_PROB = 0.01
-    # An object's points are those within this many strides of its centre.
+    # An object's points are those within this many strides of its center.
     _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     _C.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     _C.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
@@ -154,7 +154,7 @@ def add_cbbl_config(cfg: CN) -> None:
     # Options: "SGD" (Detectron2's own), "AdamW" (converges faster from scratch).
     _C.SOLVER.OPTIMIZER = "SGD"
 
-    # Every how many iterations to log mean and variance of the localisation gradient by object
+    # Every how many iterations to log mean and variance of the localization gradient by object
     # size, as `gradients/{head}/{size}/...`, see cbbl_d2/engine/gradient_stats.py; for any
     # detector, stock or C-BBL. 0: never. Detectron2 logs every 20 iterations.
     _C.SOLVER.GRADIENT_STATS_PERIOD = 0

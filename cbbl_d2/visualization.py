@@ -158,7 +158,7 @@ def draw_boxes(
         colors: N colors, RGB in [0, 1].
         dashed: N flags, for crowd regions.
         keypoints: arrays (K, 3) of x, y in pixels of ``image`` and the visibility or score, one for
-            each object with keypoints; those with a visibility of 0 are not labelled.
+            each object with keypoints; those with a visibility of 0 are not labeled.
         metadata: its ``keypoint_names`` and ``keypoint_connection_rules`` say which of them are
             connected.
 

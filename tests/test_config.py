@@ -79,7 +79,7 @@ def one_image(size, num_classes, num_objects=3, num_keypoints=17):
     return {"image": torch.rand(3, size, size, generator=generator) * 255, "instances": instances}
 
 
-def localisation_layers(cfg, model):
+def localization_layers(cfg, model):
     """[(layer, number of outputs per coordinate)] of all parts that regress boxes."""
     c = cfg.MODEL.CBBL
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -125,7 +125,7 @@ def test_config_builds_and_takes_a_training_step(name):
     sum(losses.values()).backward()
 
     agnostic = cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
-    for layer, num_points in localisation_layers(cfg, model):
+    for layer, num_points in localization_layers(cfg, model):
         # The weights to start from are to know nothing of what is compared later.
         learns = name != "SmallShapes/pretrain" or not isinstance(layer, torch.nn.Linear)
         assert torch.isfinite(layer.weight.grad).all()
@@ -164,7 +164,7 @@ def test_each_config_stays_inside_and_writes_to_a_folder_of_its_own():
     assert len(outputs) == sum(not os.path.basename(name).startswith("Base-") for name in NAMES)
 
 
-# What may differ between C-BBL and another way to localise
+# What may differ between C-BBL and another way to localize
 LOCALISATION = {
     "MODEL.META_ARCHITECTURE",
     "MODEL.PROPOSAL_GENERATOR.NAME",
@@ -178,7 +178,7 @@ LOCALISATION = {
 
 
 def twins():
-    """[(C-BBL config, the same detector that localises in another way)]"""
+    """[(C-BBL config, the same detector that localizes in another way)]"""
     pairs = []
     for name in NAMES:
         folder, _, file = name.rpartition("/")
@@ -193,7 +193,7 @@ def twins():
 
 
 @pytest.mark.parametrize("cbbl, twin", twins())
-def test_twins_differ_in_localisation_alone(cbbl, twin):
+def test_twins_differ_in_localization_alone(cbbl, twin):
     a, b = load(cbbl), load(twin)
     changed = differences(a, b) - {"OUTPUT_DIR"}
     changed = {key for key in changed if not key.startswith("MODEL.CBBL.")} | {
@@ -499,7 +499,7 @@ EVERY_KEY = [
 ]
 
 
-def behaviour(cfg):
+def behavior(cfg):
     """Losses and detections of an untrained model; the same for the same config."""
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -521,14 +521,14 @@ def behaviour(cfg):
 def test_every_key_is_read(detector, node):
     """A key that is declared and not read would be a lie."""
     cfg = detector(node)
-    before = behaviour(cfg)
-    assert behaviour(cfg) == before
+    before = behavior(cfg)
+    assert behavior(cfg) == before
     for reader, key, value in EVERY_KEY:
         if reader == node:
             changed = cfg.clone()
             assert get_key(changed, key) != value
             set_key(changed, key, value)
-            assert behaviour(changed) != before, key
+            assert behavior(changed) != before, key
 
 
 def test_no_key_is_left_out_of_the_test_above(tiny_cfg):

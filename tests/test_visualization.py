@@ -175,7 +175,7 @@ def test_a_side_that_is_not_there_is_left_out():
 
 
 RING = [[20, 20, 80, 20, 80, 80, 20, 80, 20, 20, 40, 40, 40, 60, 60, 60, 60, 40, 40, 40]]
-POINTS = [20.0, 50.0, 2, 50.0, 20.0, 2, 80.0, 50.0, 2, 0.0, 0.0, 0]  # the last one is not labelled
+POINTS = [20.0, 50.0, 2, 50.0, 20.0, 2, 80.0, 50.0, 2, 0.0, 0.0, 0]  # the last one is not labeled
 POINTS_METADATA = Metadata(
     keypoint_names=list("abcd"),
     keypoint_connection_rules=[("a", "b", (0, 0, 255)), ("c", "d", (0, 0, 255))],

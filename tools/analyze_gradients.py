@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-The gradient of the localisation loss: pictures and a table.
+The gradient of the localization loss: pictures and a table.
 
 curves: against the error of the box, for L2, Smooth-L1, IoU, GIoU and C-BBL, boxes of several sizes
 
@@ -26,7 +26,7 @@ import os
 from cbbl_d2.analysis.gradient_curves import STD, plot_gradient_curves
 from cbbl_d2.analysis.gradient_maps import (
     MapColumn,
-    localisation_gradient_map,
+    localization_gradient_map,
     plot_gradient_maps,
 )
 from cbbl_d2.analysis.gradient_table import gradients_as_markdown, summarize_gradients
@@ -187,7 +187,7 @@ def write_maps(args: argparse.Namespace) -> None:
         model = build_model(cfg)
         for file in weights:
             load_weights(model, file)
-            maps = [localisation_gradient_map(model, x, args.seed) for x in inputs]
+            maps = [localization_gradient_map(model, x, args.seed) for x in inputs]
             names = [path, file] if len(cfgs) > 1 else [file]
             title = "\n".join(os.path.splitext(os.path.basename(x))[0] for x in names)
             columns.append(MapColumn(title, path, maps))

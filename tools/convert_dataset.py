@@ -63,7 +63,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                 "--erase-ignored",
                 action="store_true",
                 help="paint over the ignored regions on copies of the images, so that training "
-                "does not take unlabelled objects for background (train alone)",
+                "does not take unlabeled objects for background (train alone)",
             )
         else:
             p.add_argument("--annotations", help="another annotation file, relative to --root")

@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="images with objects, on which the exported model is compared with the original; "
-        "default: coloured noise, in which a good detector finds little",
+        "default: colored noise, in which a good detector finds little",
     )
     parser.add_argument(
         "--size",
@@ -117,7 +117,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def make_examples(cfg: CfgNode, files: list[str], size: list[int] | None) -> list[torch.Tensor]:
     """
     Args:
-        files: images; none: coloured noise.
+        files: images; none: colored noise.
         size: height and width; None: as the config says.
 
     Returns:

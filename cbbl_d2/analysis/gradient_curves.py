@@ -1,6 +1,6 @@
 """
 The gradient of L2, Smooth-L1, IoU, GIoU and C-BBL against how far the predicted box is off, for
-boxes of several sizes: what makes small objects hard to localise, and what C-BBL changes.
+boxes of several sizes: what makes small objects hard to localize, and what C-BBL changes.
 """
 
 from typing import Dict, Sequence, Tuple

@@ -1,5 +1,5 @@
 """
-Where in an image the localisation loss pulls: the magnitude of its gradient with respect to the
+Where in an image the localization loss pulls: the magnitude of its gradient with respect to the
 pixels, for checkpoints of a training, drawn side by side.
 
 The gradient is taken at the image and not at a feature map: all detectors have the image in common,
@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-# Parts of the names of the losses of localisation in all detectors
+# Parts of the names of the losses of localization in all detectors
 _LOCALISATION = ("box_reg", "_loc", "uncertainty", "giou")
 
 # Width of the blur of a map, in pixels: strided convolutions leave a pattern of dots.
@@ -26,9 +26,9 @@ _BLUR = 1.5
 _BRIGHTEST = 0.998
 
 
-def localisation_gradient_map(model: nn.Module, record: Dict, seed: int = 0) -> torch.Tensor:
+def localization_gradient_map(model: nn.Module, record: Dict, seed: int = 0) -> torch.Tensor:
     """
-    Norm over the color channels of the gradient of the localisation loss with respect to each
+    Norm over the color channels of the gradient of the localization loss with respect to each
     pixel, as training would compute it, but with the statistics of batch norm kept as they are.
     The loss is that of the boxes; that of an RPN counts where the model has no other. Its weight
     in the whole loss is in it.
@@ -83,7 +83,7 @@ def plot_gradient_maps(
 
     Args:
         path: file name, or a binary file to write to.
-        records: as for :func:`localisation_gradient_map`, those of the rows.
+        records: as for :func:`localization_gradient_map`, those of the rows.
         columns: at least one.
         image_format: channel order of the images, cfg.INPUT.FORMAT; only "BGR" is turned around.
     """

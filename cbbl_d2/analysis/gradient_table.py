@@ -1,4 +1,4 @@
-"""The localisation gradients of the runs of a study, by object size, early and late in training."""
+"""The localization gradients of the runs of a study, by object size, early and late in training."""
 
 import math
 from typing import Dict, List, Optional

@@ -1,5 +1,5 @@
 """
-Regions of an image in which nothing is known: objects may be there, but they are not labelled.
+Regions of an image in which nothing is known: objects may be there, but they are not labeled.
 
 Boxes are COCO's: ``[x, y, width, height]`` in pixels, x and y of the upper left corner.
 """
@@ -41,13 +41,13 @@ def erase_regions(
     image: np.ndarray, regions: Sequence[Sequence[float]], keep: Sequence[Sequence[float]] = ()
 ) -> np.ndarray:
     """
-    Fill regions with their mean colour, so that a detector does not learn unlabelled objects as
+    Fill regions with their mean color, so that a detector does not learn unlabeled objects as
     background. It is what TinyPerson's authors do for training.
 
     Args:
         image: (H, W, 3) uint8.
         regions: whole pixels; other values are rounded, and cut off at the edge of the image.
-        keep: boxes of labelled objects, which stay visible also where they reach into a region.
+        keep: boxes of labeled objects, which stay visible also where they reach into a region.
 
     Returns:
         a new image.

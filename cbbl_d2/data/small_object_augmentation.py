@@ -129,7 +129,7 @@ def paste_copies(
     """
     Copies of small objects at free places: a copy, with a little background around it, touches no
     other box, so that nothing is covered. Not copied are objects that another box overlaps, because
-    a part of the neighbour would come along without a box, and those that reach over the edge of
+    a part of the neighbor would come along without a box, and those that reach over the edge of
     the image, of which a part is missing. Where there is no room, fewer are made.
 
     Args:

@@ -53,7 +53,7 @@ class AnchorLevels:
         sizes: for each level, square roots of the anchors' areas, pixels of the model's input.
         aspect_ratios: for each level, height / width.
         strides: of each level, pixels.
-        offset: of the first anchor's centre, in strides.
+        offset: of the first anchor's center, in strides.
         divisor: height and width of the input are padded to a multiple of it.
     """
 
@@ -87,7 +87,7 @@ def best_overlaps(objects: ObjectTable, levels: AnchorLevels) -> np.ndarray:
     """
     The largest IoU of each object with any anchor on its image.
 
-    The overlap with anchors of one shape is largest where their centre is nearest, along x and
+    The overlap with anchors of one shape is largest where their center is nearest, along x and
     along y: one anchor of each shape is looked at, not all places.
 
     Args:
@@ -201,7 +201,7 @@ def largest_offset(iou: float, weights: Sequence[float]) -> float:
     The least half-width of a grid that covers the offsets of every box from every proposal that
     overlaps it with at least this IoU.
 
-    The ratio of two sides is at most 1 / iou, so that ``|dw| <= log(1 / iou)``. The centre is
+    The ratio of two sides is at most 1 / iou, so that ``|dw| <= log(1 / iou)``. The center is
     farthest off for a proposal of ``iou`` times the width that lies at one end of the box, by
     ``(1 - iou) / 2`` of the box and so ``(1 / iou - 1) / 2`` of itself: this bounds ``|dx|``. For
     an IoU of .5 and the weights (10, 10, 5, 5) it is max(10 * .5, 5 * log(2)) = 5.

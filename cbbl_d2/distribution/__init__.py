@@ -8,9 +8,9 @@ Shape shorthand in this package:
 
 Naming convention:
 
-    offset: the value to localise (``t`` in the paper), e.g. the ``dx`` of Detectron2's
+    offset: the value to localize (``t`` in the paper), e.g. the ``dx`` of Detectron2's
         ``Box2BoxTransform`` after its weights. Same unit as the grid.
-    logits: unnormalised log-probabilities of the grid points, shape ``(..., G)``
+    logits: unnormalized log-probabilities of the grid points, shape ``(..., G)``
 """
 
 from .coding import LABELS, entropy, expectation, one_hot, two_hot, variance

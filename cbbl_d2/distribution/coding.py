@@ -10,7 +10,7 @@ LABELS = ("two_hot", "one_hot")
 
 def two_hot(offsets: torch.Tensor, grid: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    Compact two-hot code of ``offsets``. Between its neighbours ``y_l <= t <= y_r`` on the grid an
+    Compact two-hot code of ``offsets``. Between its neighbors ``y_l <= t <= y_r`` on the grid an
     offset ``t`` is the distribution
 
     ``p*_l = (y_r - t) / (y_r - y_l)``, ``p*_r = (t - y_l) / (y_r - y_l)``, 0 elsewhere,

@@ -1,4 +1,4 @@
-"""Where the points of the localisation grid lie."""
+"""Where the points of the localization grid lie."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The localisation loss of C-BBL on logits and target offsets."""
+"""The localization loss of C-BBL on logits and target offsets."""
 
 from typing import Tuple
 
@@ -54,10 +54,8 @@ def cbbl_loss(
 
     left, right_weight = encode(offsets, grid, label)
     log_p = log_probabilities(logits)
-    neighbours = log_p.gather(-1, torch.stack((left, left + 1), dim=-1))
-    cross_entropy = -torch.lerp(
-        neighbours[..., 0], neighbours[..., 1], right_weight.to(log_p.dtype)
-    )
+    neighbors = log_p.gather(-1, torch.stack((left, left + 1), dim=-1))
+    cross_entropy = -torch.lerp(neighbors[..., 0], neighbors[..., 1], right_weight.to(log_p.dtype))
 
     if uncertainty == "none":
         uncertainty_loss = torch.zeros_like(cross_entropy)

@@ -38,7 +38,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
 
     * no weight of the model is in the file: :class:`UserError`;
     * some are not (a stock Faster R-CNN loaded into a C-BBL model, another number of classes):
-      one log line names the layers that start anew, or, with ``require_all``,
+      one log line names the layers that are randomly initialized, or, with ``require_all``,
       :class:`UserError`;
     * weights of a classification network of torchvision become those of the detector's backbone;
     * a C-BBL layer whose weights in the file are for another grid, or for no grid at all, counts

@@ -1,14 +1,14 @@
 """
-The localisation gradient of small and large objects while a detector trains, by a training hook.
+The localization gradient of small and large objects while a detector trains, by a training hook.
 
 For each foreground region or anchor, of stock and of C-BBL detectors alike, the hook measures
 
     ``v = g W``
 
 where ``g`` is the gradient of the whole training loss with respect to the region's outputs of the
-last layer of localisation (4 offsets, or ``4 * G`` logits) and ``W`` are the rows of this layer's
+last layer of localization (4 offsets, or ``4 * G`` logits) and ``W`` are the rows of this layer's
 weight that compute them. It is the gradient that the region sends back to its features through its
-localisation: how hard, and whereto, it pulls at the network. Unlike ``g`` itself it does not depend
+localization: how hard, and whereto, it pulls at the network. Unlike ``g`` itself it does not depend
 on what the outputs stand for, so that heads with 4 and with ``4 * G`` outputs can be compared. Of a
 convolution, the features are those under its kernel. It is the gradient as it acts: the weight of
 the loss and the number that the loss is divided by are in it. The relative statistics are those
@@ -55,7 +55,7 @@ SIZES = ("0-16px", "16-32px", "32-96px", "over-96px")
 
 class GradientStats(HookBase):
     """
-    Puts statistics of the localisation gradient, as described above, into the event storage, for
+    Puts statistics of the localization gradient, as described above, into the event storage, for
     each head and each range of object sizes, the root of the area of the matched ground-truth box
     in pixels of the network's input (0-16, 16-32, 32-96, over 96):
 
@@ -94,7 +94,7 @@ class GradientStats(HookBase):
         self._measured = {}
         scaler = getattr(getattr(self.trainer, "_trainer", None), "grad_scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        for name, head in _localisation_heads(self.trainer.model):
+        for name, head in _localization_heads(self.trainer.model):
             self._wrap(name, head, scale)
 
     def after_step(self) -> None:
@@ -256,7 +256,7 @@ class _Foreground(NamedTuple):
         return tensor.reshape(self.shape)[self.first, self.second]
 
 
-def _localisation_heads(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+def _localization_heads(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
     """Name and module of each head of a model, which may be a parallel one."""
     modules = list(model.modules())
     predictors = [m for m in modules if isinstance(m, FastRCNNOutputLayers)]
@@ -276,7 +276,7 @@ def _foreground(head: nn.Module, arguments: Dict) -> Tuple[nn.Module, List[_Fore
         arguments: of a call of ``head.losses``, by name.
 
     Returns:
-        the last layer of localisation, and the foreground on each feature level.
+        the last layer of localization, and the foreground on each feature level.
     """
     if isinstance(head, FastRCNNOutputLayers):
         return head.bbox_pred, _foreground_regions(head, **arguments)

@@ -147,7 +147,7 @@ class CBBLTrainer(DefaultTrainer):
             logger.warning(
                 f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is not less than SOLVER.MAX_ITER "
                 f"{cfg.SOLVER.MAX_ITER}: the learning rate never reaches SOLVER.BASE_LR, and "
-                "little is learnt; for a short trial lower WARMUP_ITERS, too"
+                "little is learned; for a short trial lower WARMUP_ITERS, too"
             )
         return super().build_lr_scheduler(cfg, optimizer)
 

@@ -23,7 +23,7 @@ Shape shorthand in this module:
     D: number of detections in an image
     K: number of foreground classes
     G: number of grid points, MODEL.CBBL.NUM_INTERVALS + 1
-    T: number of terms of the localisation loss, see LocalizationLoss
+    T: number of terms of the localization loss, see LocalizationLoss
 
 Naming convention:
 
@@ -103,7 +103,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
 
         Returns:
             Tensor: shape ``(T,)``: the terms of the loss, summed over the coordinates of the
-            foreground ROIs and divided by R, as the base class normalises its loss.
+            foreground ROIs and divided by R, as the base class normalizes its loss.
         """
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
         terms = self.localization_loss(

@@ -1,4 +1,4 @@
-"""FCOS from a YAML config, stock and with localisation by C-BBL."""
+"""FCOS from a YAML config, stock and with localization by C-BBL."""
 
 from typing import Dict, Optional
 
@@ -49,7 +49,7 @@ class ConfigurableFCOS(FCOS):
     def __init__(self, *, box_reg_loss_weight: float = 1.0, **kwargs):
         """
         Args:
-            box_reg_loss_weight: of the localisation loss; Detectron2's class has no weight for it.
+            box_reg_loss_weight: of the localization loss; Detectron2's class has no weight for it.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(**kwargs)
@@ -131,7 +131,7 @@ class CBBLFCOS(ConfigurableFCOS):
             head: its layer ``bbox_pred``, made for 4 numbers per point, is replaced.
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
-            box_reg_loss_weight: of all terms of the localisation loss.
+            box_reg_loss_weight: of all terms of the localization loss.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(

@@ -1,4 +1,4 @@
-"""The localisation loss that every C-BBL head shares."""
+"""The localization loss that every C-BBL head shares."""
 
 import logging
 from typing import Dict, List
@@ -16,7 +16,7 @@ from .monitoring import log_localization_stats
 """
 Shape shorthand in this module:
 
-    P: number of foreground boxes, which alone have a localisation loss
+    P: number of foreground boxes, which alone have a localization loss
     N: number of images
     A: number of anchors on one feature level
     G: number of grid points
@@ -159,7 +159,7 @@ class LocalizationLoss:
     def named(self, terms: torch.Tensor, name: str, prefix: str) -> Dict[str, torch.Tensor]:
         """
         Args:
-            terms: as returned by the call, possibly normalised and weighted.
+            terms: as returned by the call, possibly normalized and weighted.
             name: of the first term, e.g. "loss_box_reg".
             prefix: of the others, e.g. "loss_box" for "loss_box_uncertainty" and "loss_box_giou".
 

@@ -1,4 +1,4 @@
-"""RetinaNet that localises by C-BBL."""
+"""RetinaNet that localizes by C-BBL."""
 
 from typing import Dict, Optional
 
@@ -44,7 +44,7 @@ class CBBLRetinaNet(RetinaNet):
             head: its layer ``bbox_pred``, made for 4 numbers per anchor, is replaced.
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
-            box_reg_loss_weight: of all terms of the localisation loss.
+            box_reg_loss_weight: of all terms of the localization loss.
             init_std: see :class:`CBBLFastRCNNOutputLayers`.
             kwargs: passed to ``RetinaNet``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have
                 no effect here.

@@ -1,4 +1,4 @@
-"""A region proposal network that localises by C-BBL."""
+"""A region proposal network that localizes by C-BBL."""
 
 from typing import Dict, List, Optional, Tuple
 
@@ -102,7 +102,7 @@ class CBBLRPN(RPN):
             foreground=torch.stack(gt_labels) == 1,
             prefix="rpn/cbbl",
         )
-        terms = terms / (self.batch_size_per_image * len(gt_labels))  # as super() normalises
+        terms = terms / (self.batch_size_per_image * len(gt_labels))  # as super() normalizes
         terms = terms * self.loss_weight.get("loss_rpn_loc", 1.0)
         losses.update(self.localization_loss.named(terms, "loss_rpn_loc", "loss_rpn"))
         return losses

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from cbbl_d2.analysis.gradient_maps import MapColumn, localisation_gradient_map, plot_gradient_maps
+from cbbl_d2.analysis.gradient_maps import MapColumn, localization_gradient_map, plot_gradient_maps
 from detectron2.utils.events import EventStorage
 
 from tests.modeling.detectors import DETECTORS, build, image
@@ -16,14 +16,14 @@ def test_of_every_detector(name, stock):
     model, record = build(name, stock), image(3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     pixels, state = record["image"].clone(), torch.get_rng_state()
-    first = localisation_gradient_map(model, record)
+    first = localization_gradient_map(model, record)
     assert first.shape == (96, 96) and torch.isfinite(first).all() and (first > 0).any()
     # Neither the model nor the image nor the random numbers have changed; nor has the result.
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(record["image"], pixels) and torch.equal(torch.get_rng_state(), state)
-    localisation_gradient_map(model, image(2, seed=5))
+    localization_gradient_map(model, image(2, seed=5))
     with torch.jit.optimized_execution(False):
-        again = localisation_gradient_map(model, record)
+        again = localization_gradient_map(model, record)
     assert torch.allclose(again, first, rtol=1e-4, atol=0.0)
 
 
@@ -31,7 +31,7 @@ def test_it_is_the_difference_quotient_of_the_loss():
     model, record = build("fcos").double(), image(2)
     record["image"] = record["image"].double()
     model.pixel_mean, model.pixel_std = model.pixel_mean.double(), model.pixel_std.double()
-    assert localisation_gradient_map(model, record).max() > 0
+    assert localization_gradient_map(model, record).max() > 0
 
     def loss(pixels):
         vars(model).pop("loss_normalizer", None)
@@ -39,7 +39,7 @@ def test_it_is_the_difference_quotient_of_the_loss():
             losses = model([{**record, "image": pixels}])
         return sum(v for k, v in losses.items() if not k.endswith(("_cls", "_ctr"))).item()
 
-    gradients = localisation_gradient_map(model, record)
+    gradients = localization_gradient_map(model, record)
     y, x = divmod(int(gradients.argmax()), 96)
     square, step = 0.0, 1e-2
     for channel in range(3):
@@ -54,14 +54,14 @@ def test_it_is_the_difference_quotient_of_the_loss():
 
 def test_an_rpn_counts_where_there_is_no_other_loss_of_boxes():
     record, model = image(3), build("rpn_and_faster")
-    before = localisation_gradient_map(model, record)
+    before = localization_gradient_map(model, record)
     model.proposal_generator.loss_weight = {"loss_rpn_loc": 100.0}
-    assert torch.equal(localisation_gradient_map(model, record), before)
+    assert torch.equal(localization_gradient_map(model, record), before)
 
     model = build("rpn", MODEL__META_ARCHITECTURE="ProposalNetwork")
-    before = localisation_gradient_map(model, record)
+    before = localization_gradient_map(model, record)
     model.proposal_generator.loss_weight = {"loss_rpn_loc": 100.0}
-    assert torch.allclose(localisation_gradient_map(model, record), 100 * before, rtol=1e-3)
+    assert torch.allclose(localization_gradient_map(model, record), 100 * before, rtol=1e-3)
     assert before.max() > 0
 
 

@@ -139,7 +139,7 @@ def test_every_kind_of_broken_image(tmp_path, mapper, log, name):
     assert "\n" not in message and " ()" not in message
 
 
-def test_all_truncations_of_an_image_are_recognised(tmp_path, mapper):
+def test_all_truncations_of_an_image_are_recognized(tmp_path, mapper):
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40)).save(buffer, "JPEG")
     data = buffer.getvalue()

@@ -137,9 +137,9 @@ def unicode_escaped_and_not(data):
     data.text = json.dumps(data.content, ensure_ascii=False)
 
 
-def image_of(mode, name, colour, **options):
+def image_of(mode, name, color, **options):
     def change(data):
-        data.replace_image(name, Image.new(mode, (WIDTH, HEIGHT), colour), **options)
+        data.replace_image(name, Image.new(mode, (WIDTH, HEIGHT), color), **options)
 
     return change
 

@@ -80,7 +80,7 @@ def test_what_is_in_the_box_of_a_copy_is_the_object():
         [],
         [annotation([10, 10, 60, 60])],  # larger than 32 pixels
         [annotation([10, 10, 20, 20], iscrowd=1)],
-        [annotation([10, 10, 20, 20]), annotation([15, 15, 30, 30])],  # each other's neighbour
+        [annotation([10, 10, 20, 20]), annotation([15, 15, 30, 30])],  # each other's neighbor
         [annotation([10, 10, 20, 20]), annotation([0, 0, 120, 90], iscrowd=1)],  # no room
         [annotation([10, 10, 10, 20])],  # no area
     ],

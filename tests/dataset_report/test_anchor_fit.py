@@ -39,7 +39,7 @@ def objects_of(boxes, shapes, images=None, classes=None):
 
 
 def squares(sizes, shape=(512, 512), classes=None):
-    """Squares with their centre where all strides have an anchor."""
+    """Squares with their center where all strides have an anchor."""
     sizes = np.asarray(sizes, dtype=float)[:, None]
     return objects_of(
         np.hstack([256 - sizes / 2] * 2 + [256 + sizes / 2] * 2), [shape], None, classes

@@ -50,7 +50,7 @@ def test_layers_of_another_shape_start_anew_in_one_line(tmp_path, caplog):
     target = Layers(width=5)
     caplog.set_level("INFO")
     CBBLCheckpointer(target).load(str(tmp_path / "stock.pth"))
-    lines = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "randomly initialized" in r.getMessage()]
     assert len(lines) == 1
     assert "stock.pth" in lines[0] and "1 of 2 layers" in lines[0] and "second" in lines[0]
     assert torch.equal(target.first.weight, source.first.weight)
@@ -114,7 +114,7 @@ def test_stock_weights_whose_shape_happens_to_fit_are_not_taken_for_logits(
     caplog.set_level("INFO")
     CBBLCheckpointer(model).load(str(tmp_path / "stock.pth"))
     assert torch.equal(model.roi_heads.box_predictor.bbox_pred.weight, before)
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "randomly initialized" in r.getMessage()]
     assert line.endswith(": roi_heads.box_predictor.bbox_pred")
     with pytest.raises(UserError, match="needs weights for roi_heads.box_predictor.bbox_pred"):
         load_weights(model, str(tmp_path / "stock.pth"))
@@ -136,4 +136,4 @@ def test_weights_for_another_grid(tiny_cfg, tmp_path, caplog):
     CBBLCheckpointer(wide).load(path)
     assert wide.roi_heads.box_predictor.bbox_pred.grid[-1] == 6
     assert torch.equal(wide.roi_heads.box_predictor.bbox_pred.weight, before)
-    assert "1 of" in caplog.text and "start anew" in caplog.text
+    assert "1 of" in caplog.text and "randomly initialized" in caplog.text

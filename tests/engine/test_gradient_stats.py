@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from tests.modeling.detectors import DETECTORS, batch, build, localisation_layers
+from tests.modeling.detectors import DETECTORS, batch, build, localization_layers
 
 EVERY = [(name, stock) for name in DETECTORS for stock in (False, True)]
 
@@ -23,7 +23,7 @@ def build_trained(name, stock=False, **options):
     """With predictions that are wrong in many ways: of an untrained layer they are all alike."""
     model = build(name, stock, **options)
     torch.manual_seed(1)
-    for layer in localisation_layers(name, model):
+    for layer in localization_layers(name, model):
         nn.init.normal_(layer.weight, std=0.03)
     return model
 
@@ -222,7 +222,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(broken):
 @pytest.mark.parametrize("name, stock", EVERY)
 def test_every_detector_is_measured_and_trains_as_without(name, stock):
     inputs, hook = batch(3, 0, 2), GradientStats(1)
-    # torch optimises Detectron2's focal loss, a scripted function, from run to run.
+    # torch optimizes Detectron2's focal loss, a scripted function, from run to run.
     with torch.jit.optimized_execution(False):
         losses, gradients, _ = step(build_trained(name, stock), inputs)
         model = build_trained(name, stock)

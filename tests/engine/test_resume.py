@@ -111,7 +111,7 @@ def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_pat
 
 @pytest.mark.parametrize("name", ("cbbl_retinanet", "giou_fcos"))
 def test_dense_detectors_resume_with_their_normalizer(repository, tiny_cfg, tmp_path, name):
-    """To rounding: torch optimises Detectron2's focal loss, a scripted function, as it runs."""
+    """To rounding: torch optimizes Detectron2's focal loss, a scripted function, as it runs."""
     cfg = load_config(os.path.join(repository, "configs", "SmallShapes", f"{name}.yaml"))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tiny_cfg.DATASETS.TRAIN, ()
     cfg.merge_from_list(

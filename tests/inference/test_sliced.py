@@ -89,7 +89,7 @@ def test_the_fields_of_the_model_are_kept():
     assert instances.scores.tolist() == pytest.approx([0.9, 0.4])
 
 
-def test_pieces_are_left_out_where_a_neighbour_shows_the_whole():
+def test_pieces_are_left_out_where_a_neighbor_shows_the_whole():
     image = draw((100, 280), (90, 40, 98, 48, 0, 0.9), (170, 10, 270, 30, 1, 0.8))
     model = CBBLDetectionModel(model=SquareFinder(), device="cpu", confidence_threshold=0)
 
@@ -131,7 +131,7 @@ def test_low_scores_are_kept():
     assert len(SlicedPredictor(SquareFinder(), 64)([image])[0]) == 1
 
 
-def test_neighbours_of_another_class_are_kept():
+def test_neighbors_of_another_class_are_kept():
     image = draw((200, 200), (50, 50, 80, 80, 0, 0.9), (55, 55, 65, 65, 1, 0.5))
     assert len(SlicedPredictor(SquareFinder(), 100, 0.5)([image])[0]) == 2
 

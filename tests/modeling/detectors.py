@@ -223,7 +223,7 @@ def _calibrate(model: torch.nn.Module) -> None:
         norm.momentum = 0.1
 
 
-def localisation_layers(name: str, model: torch.nn.Module) -> list:
+def localization_layers(name: str, model: torch.nn.Module) -> list:
     return [model.get_submodule(x) for x in DETECTORS[name].new_layers]
 
 

@@ -7,28 +7,28 @@ import torch
 
 def deltas(source, target, weights):
     """Box2BoxTransform.get_deltas of one box."""
-    (w, h), (x, y) = _size(source), _centre(source)
-    (tw, th), (tx, ty) = _size(target), _centre(target)
+    (w, h), (x, y) = _size(source), _center(source)
+    (tw, th), (tx, ty) = _size(target), _center(target)
     offsets = ((tx - x) / w, (ty - y) / h, math.log(tw / w), math.log(th / h))
     return [weight * offset for weight, offset in zip(weights, offsets)]
 
 
 def distances(source, target, weights=None):
     """Box2BoxTransformLinear.get_deltas of one box: left, top, right, bottom in strides."""
-    (stride, _), (x, y) = _size(source), _centre(source)
+    (stride, _), (x, y) = _size(source), _center(source)
     sides = (x - target[0], y - target[1], target[2] - x, target[3] - y)
     return [side / stride for side in sides]
 
 
 def from_deltas(source, offsets, weights):
-    (w, h), (x, y) = _size(source), _centre(source)
+    (w, h), (x, y) = _size(source), _center(source)
     dx, dy, dw, dh = (offset / weight for offset, weight in zip(offsets, weights))
     x, y, w, h = x + dx * w, y + dy * h, w * math.exp(dw), h * math.exp(dh)
     return [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
 
 
 def from_distances(source, offsets, weights=None):
-    (stride, _), (x, y) = _size(source), _centre(source)
+    (stride, _), (x, y) = _size(source), _center(source)
     left, top, right, bottom = (max(offset, 0) * stride for offset in offsets)
     return [x - left, y - top, x + right, y + bottom]
 
@@ -84,7 +84,7 @@ def _size(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def _centre(box):
+def _center(box):
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 

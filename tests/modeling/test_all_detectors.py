@@ -8,7 +8,7 @@ from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.modeling import LocalizationLoss
 from detectron2.utils.events import EventStorage
 
-from .detectors import DETECTORS, batch, build, localisation_layers, set_score_threshold
+from .detectors import DETECTORS, batch, build, localization_layers, set_score_threshold
 
 pytestmark = pytest.mark.parametrize("name", DETECTORS)
 
@@ -31,7 +31,7 @@ def test_training_step(name, num_objects):
     sum(losses.values()).backward()
     for parameter, value in model.named_parameters():
         assert value.grad is None or torch.isfinite(value.grad).all(), parameter
-    for layer in localisation_layers(name, model):
+    for layer in localization_layers(name, model):
         for parameter in layer.parameters():
             assert (parameter.grad.abs().max() > 0) == any(num_objects)
     for prefix in DETECTORS[name].prefixes:
@@ -64,7 +64,7 @@ def test_names_of_the_losses(name):
 def test_stock_weights_load_and_the_other_losses_are_the_stock_ones(name, tmp_path, caplog):
     stock, model = build(name, stock=True), build(name)
     torch.manual_seed(1)
-    for parameter in stock.parameters():  # initialised alike otherwise
+    for parameter in stock.parameters():  # initialized alike otherwise
         parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     CBBLCheckpointer(stock, str(tmp_path)).save("stock")
@@ -72,7 +72,7 @@ def test_stock_weights_load_and_the_other_losses_are_the_stock_ones(name, tmp_pa
     CBBLCheckpointer(model).load(str(tmp_path / "stock.pth"))
 
     new_layers = DETECTORS[name].new_layers
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "randomly initialized" in r.getMessage()]
     assert sorted(line.rpartition(": ")[2].split(", ")) == sorted(new_layers)
     for key, value in model.state_dict().items():
         is_new = key.rpartition(".")[0] in new_layers
@@ -88,7 +88,7 @@ def test_stock_weights_load_and_the_other_losses_are_the_stock_ones(name, tmp_pa
 def test_an_untrained_layer_decodes_to_its_source_boxes(name, init_std, decoded):
     keys = ("", "RPN__", "RETINANET__")
     model = build(name, **{f"MODEL__CBBL__{key}INIT_STD": init_std for key in keys}).eval()
-    for layer in localisation_layers(name, model):
+    for layer in localization_layers(name, model):
         torch.nn.init.zeros_(layer.weight)
     set_score_threshold(model, 0.0)
     with torch.no_grad():
@@ -159,10 +159,10 @@ def given(monkeypatch):
 def test_autocast(name, dtype, given):
     model, inputs = build(name), batch(3, 2)
     torch.manual_seed(0)
-    for layer in localisation_layers(name, model):  # logits that are no longer all alike
+    for layer in localization_layers(name, model):  # logits that are no longer all alike
         torch.nn.init.normal_(layer.weight, std=0.1)
     given(model, inputs)
-    # A copy: dense detectors normalise by a moving average over the calls.
+    # A copy: dense detectors normalize by a moving average over the calls.
     exact, _ = train(copy.deepcopy(model), inputs)
     with torch.autocast("cpu", dtype=dtype):
         half, _ = train(model, inputs)
@@ -175,7 +175,7 @@ def test_autocast(name, dtype, given):
                 continue  # of other regions: rounded boxes of the stage before may match otherwise
             assert half[loss].item() == pytest.approx(exact[loss].item(), rel=0.01, abs=1e-6), loss
     sum(half.values()).backward()
-    for layer in localisation_layers(name, model):
+    for layer in localization_layers(name, model):
         assert torch.isfinite(layer.weight.grad).all()
 
 

@@ -146,7 +146,7 @@ def test_an_image_without_objects_is_background(stock):
     instances = [x["instances"] for x in batch(0, 3)]
     labels, targets = model.label_anchors(anchors, instances)
     assert (labels[0] == NUM_CLASSES).all() and (labels[1] < NUM_CLASSES).any()
-    # The other image is labelled as if it were alone.
+    # The other image is labeled as if it were alone.
     alone, its_targets = model.label_anchors(anchors, instances[1:])
     assert torch.equal(labels[1], alone[0])
     assert torch.equal(as_tensor(targets[1]), as_tensor(its_targets[0]))
@@ -164,7 +164,7 @@ def test_an_image_without_objects_is_background(stock):
     assert all(loss == 0 for loss in losses.values())
 
 
-def test_the_weight_of_the_stock_loss_acts_on_localisation_alone():
+def test_the_weight_of_the_stock_loss_acts_on_localization_alone():
     """Each of the two detectors has its own, so that both can be tuned alike."""
     losses = []
     for weight in (1.0, 4.0):

@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("transform", (DELTA, LINEAR), ids=("delta", "line
 
 
 def pairs(transform, num=30, seed=0):
-    """Source boxes of 8 px and target boxes that contain their centres; logits."""
+    """Source boxes of 8 px and target boxes that contain their centers; logits."""
     generator = torch.Generator().manual_seed(seed)
     low = torch.rand(num, 2, generator=generator) * 80
     source = torch.cat((low, low + 8), dim=1)

@@ -345,7 +345,7 @@ def load_into(cfg, path):
 def test_weights_of_torchvision_become_those_of_the_backbone(detector_cfg, weights_file, caplog):
     caplog.set_level("INFO")
     model = load_into(detector_cfg(), weights_file)
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "randomly initialized" in r.getMessage()]
     others = {k.rpartition(".")[0] for k in model.state_dict() if "bottom_up" not in k}
     assert f" {len(others - {''})} of " in line and "bottom_up" not in line
     saved = torch.load(weights_file, weights_only=True)

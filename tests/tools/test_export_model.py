@@ -15,7 +15,7 @@ from tests.modeling.detectors import (  # noqa: E402
     DETECTORS,
     build,
     config,
-    localisation_layers,
+    localization_layers,
     set_score_threshold,
 )
 
@@ -46,7 +46,7 @@ def busy_model(name):
     """Random weights that find dozens of objects, of scores that differ."""
     model = build(name).eval()
     torch.manual_seed(0)
-    for layer in localisation_layers(name, model):
+    for layer in localization_layers(name, model):
         torch.nn.init.normal_(layer.weight, std=0.05)
     for module_name, module in model.named_modules():
         if module_name.endswith("cls_score"):
@@ -69,7 +69,7 @@ def test_the_exported_model_finds_what_the_original_finds(tool, name):
     model, examples = busy_model(name), images()
     exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, examples[0])))
     num_objects = 0
-    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimising takes seconds
+    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing takes seconds
         for image in examples:
             expected, found = tool.detect(model, image), exported(image)
             assert list(expected)[:3] == ["pred_boxes", "scores", "pred_classes"]

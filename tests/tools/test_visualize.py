@@ -208,7 +208,7 @@ def test_the_images_are_never_overwritten(error, tmp_path):
     assert image.read_bytes() == before
 
 
-def test_unknown_data_sets_have_their_neighbours_named(error):
+def test_unknown_data_sets_have_their_neighbors_named(error):
     assert "did you mean small_shapes_" in error("--dataset", "small_shape_vall")
     assert "unknown data set 12345" in error("--dataset", "12345")
 

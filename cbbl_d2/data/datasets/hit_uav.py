@@ -12,7 +12,7 @@ The published JSON (``normal_json``) is COCO's but for two keys, ``annotation`` 
 The classes Car and OtherVehicle become Vehicle; DontCare, a hundredth of the boxes, is left out.
 
 A sequence is the first four parts of a file name: day or night, altitude, angle of the camera,
-weather. In the published split nearly every test image has a neighbouring frame in train, so that
+weather. In the published split nearly every test image has a neighboring frame in train, so that
 a detector is tested on scenes that it was trained on. The split by sequence keeps each sequence
 together: those of over 100 frames are for training, of the others the SHA-256 of the sequence's
 name modulo 100 decides: below 28 test, below 45 val, else train.

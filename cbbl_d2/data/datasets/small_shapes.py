@@ -42,7 +42,7 @@ __all__ = ["SmallShapesSpec", "generate_small_shapes", "register_small_shapes"]
 
 logger = logging.getLogger(__name__)
 
-# Pairs of neighbouring extreme points, which pictures connect with a line.
+# Pairs of neighboring extreme points, which pictures connect with a line.
 _SKELETON = tuple(zip(KEYPOINT_NAMES, KEYPOINT_NAMES[1:] + KEYPOINT_NAMES[:1], strict=True))
 _LINE_COLOR = (255, 255, 255)
 

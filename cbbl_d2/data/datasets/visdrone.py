@@ -138,7 +138,7 @@ def convert_visdrone(
         root: the folder that holds ``VisDrone2019-DET-train`` and so on.
         split: "train", "val" or "test_dev".
         erase_ignored: use copies of the images, in ``images_erased`` beside ``images``, on which
-            the ignored regions are filled with their mean colour. For training alone: the numbers
+            the ignored regions are filled with their mean color. For training alone: the numbers
             of an evaluation on them would not be comparable.
         progress: show a progress bar on stderr.
 
@@ -162,23 +162,23 @@ def convert_visdrone(
         boxes = [b for b in boxes if not b.is_empty]
         regions = [b.box for b in boxes if b.category == _IGNORED_REGION]
         others = [b.box for b in boxes if b.category == _OTHERS]
-        labelled = [b for b in boxes if _IGNORED_REGION < b.category < _OTHERS]
-        shares = covered_share([b.box for b in labelled], regions, height, width)
-        is_object = [b.score == 1 and s < _IGNORED_SHARE for b, s in zip(labelled, shares)]
+        labeled = [b for b in boxes if _IGNORED_REGION < b.category < _OTHERS]
+        shares = covered_share([b.box for b in labeled], regions, height, width)
+        is_object = [b.score == 1 and s < _IGNORED_SHARE for b, s in zip(labeled, shares)]
 
         if erase_ignored and regions:
-            keep = [b.box for b, use in zip(labelled, is_object) if use]
+            keep = [b.box for b, use in zip(labeled, is_object) if use]
             image_file = _write_erased(image_file, regions, keep)
             counts["erased"] += 1
         image_id = writer.add_image(
             os.path.relpath(image_file, root), width, height, ignored_regions=regions
         )
-        for b, use in zip(labelled, is_object):
+        for b, use in zip(labeled, is_object):
             writer.add_object(image_id, b.category, b.box, ignore=not use)
         for box in (*regions, *others):
             writer.add_ignored(image_id, box)
         counts["objects"] += sum(is_object)
-        counts["ignored"] += len(labelled) - sum(is_object) + len(others)
+        counts["ignored"] += len(labeled) - sum(is_object) + len(others)
         counts["regions"] += len(regions)
     json_file = converted_json(root, split)
     writer.write(json_file)

@@ -130,7 +130,7 @@ def test_erased_copies(root):
     assert first.parent.name == "images_erased" and second.parent.name == "images"
     erased = np.asarray(Image.open(first)).astype(int)
     original = np.asarray(Image.open(first.parent.parent / "images" / first.name)).astype(int)
-    # Inside, by more than a block of JPEG from the edges, one colour; outside nothing new.
+    # Inside, by more than a block of JPEG from the edges, one color; outside nothing new.
     assert erased[4:36, 68:92].std(axis=(0, 1)).max() < 3 < original[4:36, 68:92].std()
     assert np.abs(erased[:, :48] - original[:, :48]).mean() < 4
 
