@@ -145,8 +145,9 @@ class CBBLCheckpointer(DetectionCheckpointer):
             )
         if anew:
             self.logger.info(
-                f"{self._path}: loaded; {len(anew)} of {len(_layers(weights))} layers start "
-                f"anew, as it has no weights that fit them: {listed(anew, limit=8)}"
+                f"{self._path}: loaded; {len(anew)} of {len(_layers(weights))} layers are "
+                "randomly initialized, as it has no weights that fit them: "
+                f"{listed(anew, limit=8)}"
             )
         return incompatible
 

@@ -35,8 +35,8 @@ def find_config(weights: str) -> str:
         )
     if _is_lazy(path):
         raise UserError(
-            f"{path}: a Lazy config, which only tools/lazyconfig_train_net.py takes: give the YAML config of the "
-            "same model with --config-file"
+            f"{path}: a Lazy config, which only tools/lazyconfig_train_net.py takes: give the YAML "
+            "config of the same model with --config-file"
         )
     return path
 
