@@ -22,6 +22,11 @@ NETWORKS = {
     "convnext_tiny": ("features.1", "features.3", "features.5", "features.7"),
     "regnet_y_400mf": tuple(f"trunk_output.block{i}" for i in range(1, 5)),
 }
+# For laws that are the same for each.
+SOME_NETWORKS = [
+    n if n in ("mobilenet_v2", "resnet18") else pytest.param(n, marks=pytest.mark.slow)
+    for n in NETWORKS
+]
 LEVELS = ("c2", "c3", "c4", "c5")
 # Of "c1" to "c5"; ConvNeXt begins at stride 4
 CHANNELS = {
@@ -209,7 +214,7 @@ def train_a_step(network):
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", SOME_NETWORKS)
 def test_a_step_moves_all_but_what_is_frozen(detector_cfg, network, norm):
     """Statistics and counters of BatchNorm included, with the optimizer of a training."""
     cfg = detector_cfg("cbbl", "MODEL.TORCHVISION.NETWORK", network, "MODEL.TORCHVISION.NORM", norm)
@@ -264,7 +269,7 @@ def test_a_copy_computes_the_same(norm):
     assert not torch.equal(again(images)["c5"], network(images)["c5"])
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", SOME_NETWORKS)
 def test_a_state_goes_into_another_network(network):
     _, _, ours = same_weights(network)
     again = TorchvisionNetwork(network).eval()
@@ -280,7 +285,7 @@ def test_a_state_goes_into_another_network(network):
     assert all(torch.equal(ours(images)[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", SOME_NETWORKS)
 def test_building_draws_no_more_numbers_than_torchvision(network):
     """So that the rest of a detector starts as it did before."""
     torch.manual_seed(0)
