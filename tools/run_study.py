@@ -122,10 +122,12 @@ def last_line(run: Run) -> str:
 
 def is_done(study: Study, run: Run) -> bool:
     """Whether all that is to be known of a run is on record."""
-    if study.records.find(run) is None:
+    found = study.records.find(run)
+    if found is None:
         return False
-    # A test set that the study has got later: where the weights are, it is made up for.
-    return not study.test_set or study.records.is_sealed(run) or not os.path.isfile(run.weights)
+    unread = study.test_set and not study.records.is_sealed(run, study.test_set)
+    # What the study has got later is made up for where the weights are.
+    return not (unread or found.missing) or not os.path.isfile(run.weights)
 
 
 def stages(study: Study, run: Run) -> List[Run]:
@@ -141,7 +143,8 @@ def record(study: Study, run: Run, jobs: int) -> None:
     if study.test_set:
         sealed = run.sealed(study.test_set)
         study.records.seal(run, study.test_set, all_results(sealed), sealed.folder)
-    if study.records.find(run) is None:
+    found = study.records.find(run)
+    if found is None or found.missing:
         results = {**all_results(run), **gradients_of(run)}
         study.records.add(run, results, run.folder, num_threads(jobs))
     if study.test_set:  # last: what was sealed stands in readable logs, too
@@ -258,7 +261,15 @@ def main() -> None:
             file=sys.stderr,
         )
     if args.open_test:
-        write_table(study.opened())
+        opened = study.opened()
+        write_table(opened)
+        unread = [f"{r.name}, seed {r.seed}" for r in study.runs if opened.results(r) is None]
+        if unread:
+            raise UserError(
+                f"{study.output}: {listed(unread)} {'was' if len(unread) == 1 else 'were'} not "
+                f"evaluated on {study.test_set}: call this without --open-test where the weights "
+                "are"
+            )
         return
     if args.evaluate_on:
         study = study.evaluated_on(args.evaluate_on)

@@ -29,13 +29,14 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import yaml
 from cbbl_d2.data.coco_format import register_from_config
+from cbbl_d2.data.dataset_checks import check_registered
 from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import listed
 from detectron2.config import CfgNode
 
-from .study_record import Record, StudyRecords
+from .study_record import Record, StudyRecords, short_hash
 
 _OPTIONAL = {"overrides", "metrics", "baseline", "results", "evaluations", "test_set"}
 # The folder, in that of a run, of the evaluation that nobody is to read yet.
@@ -80,6 +81,7 @@ class Run:
     settings: str  # the whole config, as YAML
     evaluations: Tuple["Run", ...] = ()
     evaluation: str = ""
+    options: Tuple[str, ...] = ()  # of an evaluation: what it changes
     trained_in: str = ""  # of an evaluation: the folder of the training
 
     @property
@@ -99,6 +101,7 @@ class Run:
             self,
             folder=os.path.join(self.folder, name),
             overrides=(*self.overrides, *overrides),
+            options=tuple(overrides),
             evaluations=(),
             evaluation=name,
             trained_in=self.trained_in or self.folder,
@@ -171,7 +174,9 @@ class Study:
         or those in its folder. None while it is not finished.
         """
         record = self.records.find(run)
-        return record.metrics if record else all_results(run)
+        if record or self.records.are_all:
+            return record.metrics if record else None
+        return all_results(run)
 
     def bootstrap(self, run: Run) -> Dict[str, np.ndarray]:
         """Metric -> AP on each of the same resamples of images; empty where none is on record."""
@@ -187,6 +192,12 @@ class Study:
             UserError: a run is not finished.
         """
         unfinished = [f"{r.name}, seed {r.seed}" for r in self.runs if r.results() is None]
+        elsewhere = [r for r in self.runs if r.results() is None and self.records.find(r)]
+        if elsewhere:
+            raise UserError(
+                f"{self.output}: {len(elsewhere)} runs are on record, but their weights are not "
+                "here: --evaluate-on needs the machine that trained them, or their folders"
+            )
         if unfinished:
             raise UserError(
                 f"{self.output}: to be evaluated on {test_set} all runs have to be finished, and "
@@ -211,7 +222,7 @@ class Study:
         """
         if not self.test_set:
             raise UserError(f"{self.output}: --open-test: the study has no key test_set")
-        opened = OpenedRecords(self.records, self.runs)
+        opened = OpenedRecords(self.records, self.runs, self.test_set)
         if not opened.by_run:
             raise UserError(
                 f"{self.output}: --open-test: no run has been evaluated on {self.test_set} yet"
@@ -223,8 +234,10 @@ class Study:
 class OpenedRecords:
     """Stands in for :class:`StudyRecords` with what was kept unread."""
 
-    def __init__(self, records: StudyRecords, runs: Sequence[Run]):
-        opened = {(run.name, run.seed): records.open_test(run) for run in runs}
+    are_all = True
+
+    def __init__(self, records: StudyRecords, runs: Sequence[Run], test_set: str):
+        opened = {(run.name, run.seed): records.open_test(run, test_set) for run in runs}
         self.by_run = {key: record for key, record in opened.items() if record is not None}
 
     def find(self, run: Run) -> Optional[Record]:
@@ -265,6 +278,12 @@ def load_study(path: str) -> Study:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     _check_keys(path, content, {"output", "seeds", "runs"}, _OPTIONAL)
 
+    for key in ("output", "results", "test_set"):
+        if content.get(key) is not None and not isinstance(content[key], str):
+            raise UserError(f"{path}: {key} = {content[key]!r}: must be a name")
+    if not content["output"]:
+        raise UserError(f"{path}: output is empty: name a folder")
+    test_set = content.get("test_set") or ""
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)):
         raise UserError(f"{path}: seeds = {seeds!r}: must be a list of whole numbers >= 0")
@@ -285,6 +304,9 @@ def load_study(path: str) -> Study:
             for word in _list(path, "overrides", where.get("overrides"))
         )
         cfg = load_config(config, list(overrides))
+        register_from_config(cfg)
+        if test_set:
+            check_registered(test_set, f"{path}: test_set")
         evaluations = _evaluations(path, entry.get("evaluations", content.get("evaluations")))
         for words in evaluations.values():
             load_config(config, [*overrides, *words])  # what is wrong is said before any training
@@ -300,7 +322,13 @@ def load_study(path: str) -> Study:
                 max_iter=cfg.SOLVER.MAX_ITER,
                 settings=cfg.dump(),
             )
-            further = tuple(run.evaluated(key, words) for key, words in evaluations.items())
+            # The folder is that of these overrides: with others it is another evaluation.
+            further = tuple(
+                dataclasses.replace(
+                    run.evaluated(f"{key}-{short_hash(words)}", words), evaluation=key
+                )
+                for key, words in evaluations.items()
+            )
             runs.append(dataclasses.replace(run, evaluations=further))
         baseline = entry.get("baseline", content.get("baseline"))
         if baseline is not None and str(baseline) != str(name):
@@ -318,8 +346,8 @@ def load_study(path: str) -> Study:
         [str(m) for m in metrics],
         runs,
         baselines,
-        StudyRecords(str(content.get("results", os.path.join(output, "results")))),
-        str(content.get("test_set", "")),
+        StudyRecords(content.get("results") or os.path.join(output, "results")),
+        test_set,
     )
 
 

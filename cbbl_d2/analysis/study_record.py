@@ -47,8 +47,8 @@ from pycocotools.coco import COCO
 # They differ between runs of one kind, or between machines.
 _NO_SETTING = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE")
 _KEYS = (
-    *("run", "config", "overrides", "seed", "settings", "annotations", "commit", "versions"),
-    *("device", "threads", "s/iteration"),
+    *("run", "config", "overrides", "seed", "settings", "evaluations", "annotations", "weights"),
+    *("commit", "versions", "device", "threads", "s/iteration"),
 )
 
 
@@ -85,10 +85,13 @@ def _defaults() -> str:
     return cfg.dump()
 
 
+def short_hash(content) -> str:
+    """Of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:12]
+
+
 def settings_hash(settings: str) -> str:
-    return hashlib.sha256(json.dumps(flat_settings(settings), default=str).encode()).hexdigest()[
-        :12
-    ]
+    return short_hash(flat_settings(settings))
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -102,10 +105,14 @@ class Record:
     metrics: Dict[str, float]
     bootstrap: Dict[str, np.ndarray]
     """Metric -> AP on each resample."""
+    missing: List[str] = dataclasses.field(default_factory=list)
+    """Further evaluations of the study that were not made, or with other overrides."""
 
 
 class StudyRecords:
     """The records in one folder, for the studies that name it as their ``results``."""
+
+    are_all = False  # a run that is not among them may be finished in its folder
 
     def __init__(self, folder: str):
         """
@@ -137,12 +144,16 @@ class StudyRecords:
                 continue
             changed = changed_settings(self._settings(row["settings"]), run.settings)
             if not changed:
-                self._check_annotations(row, run)
+                self._check_files(row, run)
+                made = json.loads(row.get("evaluations") or "{}")
+                missing = [k for k, v in _evaluations(run).items() if made.get(k) != v]
                 metrics = {
-                    k: float(v) for k, v in row.items() if k not in _KEYS and v not in ("", None)
+                    k: float(v)
+                    for k, v in row.items()
+                    if k not in _KEYS and v not in ("", None) and k.split("/")[0] not in missing
                 }
                 metrics["time"] = float(row["s/iteration"] or math.nan)
-                return Record(row, metrics, self._vectors.get(_identity(row), {}))
+                return Record(row, metrics, self._vectors.get(_identity(row), {}), missing)
             if row["run"] == run.name:
                 raise UserError(
                     f"{self._path('runs.csv')}: {run.name}, seed {run.seed}, was trained with "
@@ -176,7 +187,9 @@ class StudyRecords:
             "overrides": shlex.join(run.overrides),
             "seed": str(run.seed),
             "settings": settings_hash(run.settings),
+            "evaluations": json.dumps(_evaluations(run)),
             "annotations": annotations_hash(run.cfg),
+            "weights": _weights_hash(run.cfg),
             "commit": commit(),
             "versions": versions(),
             "device": _device(run.cfg.MODEL.DEVICE),
@@ -190,7 +203,8 @@ class StudyRecords:
             others = [r for r in self._read("bootstrap.csv") if _identity(r) != _identity(row)]
             self._write("bootstrap.csv", others + _as_rows(row, vectors))
             # Last: with this line the run is recorded.
-            self._rows = self._read("runs.csv") + [row]
+            others = [r for r in self._read("runs.csv") if _identity(r) != _identity(row)]
+            self._rows = others + [row]
             self._write("runs.csv", self._rows)
         self._vectors[_identity(row)] = vectors
 
@@ -202,19 +216,20 @@ class StudyRecords:
         row = {"run": run.name, "seed": str(run.seed), "settings": settings_hash(run.settings)}
         with self._locked():
             self._write_settings(run)
-            rows = [r for r in self._read("test.csv") if _identity(r) != _identity(row)]
-            self._write("test.csv", [*rows, {**row, "test_set": test_set, "sealed": sealed}])
+            row["test_set"] = test_set
+            rows = [r for r in self._read("test.csv") if not _same_test(r, row)]
+            self._write("test.csv", [*rows, {**row, "sealed": sealed}])
 
-    def is_sealed(self, run) -> bool:
-        """Whether the test metrics of a run are kept."""
-        return self._sealed_row(run) is not None
+    def is_sealed(self, run, test_set: str) -> bool:
+        """Whether what a run achieves on a test set is kept."""
+        return self._sealed_row(run, test_set) is not None
 
-    def open_test(self, run) -> Optional[Record]:
+    def open_test(self, run, test_set: str) -> Optional[Record]:
         """
         What a run achieves on the test set. Written, readable, to ``opened_test.csv``: that it has
         been looked at is part of the record.
         """
-        row = self._sealed_row(run)
+        row = self._sealed_row(run, test_set)
         if row is None:
             return None
         try:
@@ -225,25 +240,31 @@ class StudyRecords:
         opened = {k: v for k, v in row.items() if k != "sealed"}
         opened.update({k: f"{v:.3f}" for k, v in metrics.items()})
         with self._locked():
-            rows = [r for r in self._read("opened_test.csv") if _identity(r) != _identity(row)]
+            rows = [r for r in self._read("opened_test.csv") if not _same_test(r, row)]
             self._write("opened_test.csv", [*rows, opened])
         return Record(row, metrics, {k: np.array(v) for k, v in content["bootstrap"].items()})
 
-    def _sealed_row(self, run) -> Optional[Dict[str, str]]:
+    def _sealed_row(self, run, test_set: str) -> Optional[Dict[str, str]]:
         for row in self._read("test.csv"):
-            if row["seed"] == str(run.seed) and not changed_settings(
-                self._settings(row["settings"]), run.settings
-            ):
+            here = (row["seed"], row["test_set"]) == (str(run.seed), test_set)
+            if here and not changed_settings(self._settings(row["settings"]), run.settings):
                 return row
         return None
 
-    def _check_annotations(self, row: Dict[str, str], run) -> None:
+    def _check_files(self, row: Dict[str, str], run) -> None:
         here = annotations_hash(run.cfg)
         if here and row["annotations"] and here != row["annotations"]:
             raise UserError(
                 f"{self._path('runs.csv')}: {row['run']}, seed {row['seed']}, is of other "
                 f"annotation files than those of {listed(_test_and_train(run.cfg))} here: convert "
                 "or download them again, or take its line out"
+            )
+        here = _weights_hash(run.cfg)
+        if here and row.get("weights") and here != row["weights"]:
+            raise UserError(
+                f"{self._path('runs.csv')}: {row['run']}, seed {row['seed']}, started from other "
+                f"weights than {run.cfg.MODEL.WEIGHTS} here: make or download them again, or take "
+                "its line out"
             )
 
     def _write_settings(self, run) -> None:
@@ -303,6 +324,15 @@ def _identity(row: Dict[str, str]) -> tuple:
     return row["run"], row["seed"], row["settings"]
 
 
+def _same_test(row: Dict[str, str], other: Dict[str, str]) -> bool:
+    return (*_identity(row), row["test_set"]) == (*_identity(other), other["test_set"])
+
+
+def _evaluations(run) -> Dict[str, str]:
+    """Name of each further evaluation -> hash of what it changes."""
+    return {e.evaluation: short_hash(e.options) for e in run.evaluations}
+
+
 def _as_rows(row: Dict[str, str], vectors: Dict[str, np.ndarray]) -> List[Dict[str, str]]:
     key = dict(zip(("run", "seed", "settings"), _identity(row)))
     return [
@@ -339,7 +369,10 @@ def _bootstrap(cfg: CfgNode, test_sets, folder: str) -> Dict[str, np.ndarray]:
         truth = COCO(json_file)
     prepare_ground_truth(test_sets[0], truth)
     limit = (rules and rules.max_detections) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
-    return bootstrap_ap(truth, detections, max_detections=limit)
+    vectors = bootstrap_ap(truth, detections, max_detections=limit)
+    # Of a benchmark APs may be another range.
+    other = {f"bbox/{metric.name}" for metric in (rules.size_metrics if rules else ())}
+    return {name: values for name, values in vectors.items() if name not in other}
 
 
 # -- where and with what ---------------------------------------------------------------------------
@@ -359,6 +392,14 @@ def annotations_hash(cfg: CfgNode) -> str:
         with open(json_file, "rb") as f:
             digest.update(f.read())
     return digest.hexdigest()[:12]
+
+
+def _weights_hash(cfg: CfgNode) -> str:
+    """Of the file that a training starts from; "" for none, or one that is not here."""
+    if not os.path.isfile(cfg.MODEL.WEIGHTS):
+        return ""
+    with open(cfg.MODEL.WEIGHTS, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
 def commit() -> str:

@@ -71,7 +71,7 @@ def summarize(study: Study) -> List[Dict]:
     * for each metric and where there is a baseline: ``M diff`` (mean of the differences, seed by
       seed, over the seeds that both have finished), ``M low`` and ``M high``: the interval of
       :func:`resampled_interval` where AP on resampled images is on record, otherwise, for two
-      seeds or more, of :func:`bootstrap_interval`; ``over``: what it is over;
+      seeds or more, of :func:`bootstrap_interval`; ``over``: metric -> what it is over;
     * ``time``: median over the seeds of the median seconds of an iteration.
 
     Raises:
@@ -93,7 +93,7 @@ def summarize(study: Study) -> List[Dict]:
             continue
         baseline = study.baselines.get(name, "")
         both = [s for s in mine if baseline and results[baseline, s] is not None]
-        row = {"name": name, "baseline": baseline, "seeds": sorted(mine), "over": ""}
+        row = {"name": name, "baseline": baseline, "seeds": sorted(mine), "over": {}}
         for metric in study.metrics:
             values = [r.get(metric, math.nan) for r in mine.values()]
             row[metric] = float(np.mean(values))
@@ -115,10 +115,10 @@ def summarize(study: Study) -> List[Dict]:
             ]
             if all(len(v) == len(both) for v in vectors):
                 low_high = resampled_interval(*vectors)
-                row["over"] = "images and seeds" if len(both) > 1 else "images"
+                row["over"][metric] = "images and seeds" if len(both) > 1 else "images"
             elif len(both) > 1:
                 low_high = bootstrap_interval(differences)
-                row["over"] = row["over"] or "seeds"
+                row["over"][metric] = "seeds"
             else:
                 continue
             row[f"{metric} low"], row[f"{metric} high"] = low_high
@@ -143,10 +143,15 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
             cells.append(mean + ("" if math.isnan(std) else f" ± {std:.1f}"))
         if paired:
             cells += [_difference(row, metric) for metric in study.metrics]
-        cells += [f"{row['time']:.2f}", ", ".join(map(str, row["seeds"]))]
+        time = "" if math.isnan(row["time"]) else f"{row['time']:.2f}"
+        cells += [time, ", ".join(map(str, row["seeds"]))]
         lines.append("| " + " | ".join(cells) + " |")
     for over in ("images and seeds", "images", "seeds"):
-        names = [row["name"] for row in rows if row["over"] == over]
+        names = []
+        for row in rows:
+            metrics = [_short(m) for m, what in row["over"].items() if what == over]
+            partly = f" ({', '.join(metrics)})" if len(metrics) < len(row["over"]) else ""
+            names += [f"{row['name']}{partly}"] if metrics else []
         if names:
             lines += ["", f"Intervals of {', '.join(names)}: bootstrap over {over}."]
     return "\n".join(lines) + "\n"
@@ -161,7 +166,8 @@ def as_csv(study: Study, rows: List[Dict]) -> str:
     writer = csv.DictWriter(text, [*columns, "over", "time"], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"]))})
+        over = ", ".join(dict.fromkeys(row["over"].values()))
+        writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"])), "over": over})
     return text.getvalue()
 
 

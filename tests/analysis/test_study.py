@@ -242,15 +242,16 @@ def test_a_run_that_fails_is_named(write_study, run_tool, repository):
 
 def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
     config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
-    path = write_study(
-        seeds=[1],
-        overrides=["SOLVER.MAX_ITER", 4],
-        runs={"a": config},
-        baseline=None,
-        metrics=["bbox/AP", "voting/bbox/AP"],
-        evaluations={"voting": ["MODEL.CBBL.VOTING_SIGMA", 0.05]},
-        test_set="small_shapes_mini_test",
-    )
+    options = {
+        "seeds": [1],
+        "overrides": ["SOLVER.MAX_ITER", 4],
+        "runs": {"a": config},
+        "baseline": None,
+        "metrics": ["bbox/AP", "voting/bbox/AP"],
+        "evaluations": {"voting": ["MODEL.CBBL.VOTING_SIGMA", 0.05]},
+        "test_set": "small_shapes_mini_test",
+    }
+    path = write_study(**options)
     status, said = run_tool(path)
     assert status == 0, said
     (run,) = load_study(path).runs
@@ -261,8 +262,8 @@ def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
     assert sum(key.startswith("bbox/AP-") for key in row) == 5  # classes
     assert len(row["annotations"]) == len(row["settings"]) == 12
     # What was measured on the test set is kept, and can be read nowhere.
-    assert not os.path.exists(os.path.join(run.folder, "sealed"))
-    assert not os.path.exists(os.path.join(run.folder, "voting", "sealed"))
+    folders = [name for _, names, _ in os.walk(run.folder) for name in names]
+    assert any(name.startswith("voting-") for name in folders) and "sealed" not in folders
     assert "test" not in " ".join(os.listdir(study_folder(path)))
     status, said = run_tool(path, "--open-test")
     assert status == 0 and "| a |" in said
@@ -270,6 +271,14 @@ def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
         (opened,) = csv.DictReader(f)
     assert opened["test_set"] == "small_shapes_mini_test"
     assert 0 <= float(opened["voting/bbox/AP"]) <= 100
+    # The same name for something else: evaluated again, nothing else is.
+    write_study(**{**options, "evaluations": {"voting": ["MODEL.CBBL.VOTING_SIGMA", 5.0]}})
+    weights = os.path.getmtime(run.weights)
+    status, said = run_tool(path)
+    assert status == 0 and os.path.getmtime(run.weights) == weights, said
+    with open(os.path.join(study_folder(path), "results", "runs.csv")) as f:
+        (again,) = csv.DictReader(f)
+    assert again["bbox/AP"] == row["bbox/AP"] and again["evaluations"] != row["evaluations"]
     # A second time there is nothing to do, also without the folder of the run.
     shutil.rmtree(run.folder)
     status, said = run_tool(path)

@@ -55,7 +55,7 @@ def test_another_machine_needs_the_records_alone(study_of):
     assert all(not os.path.exists(run.folder) and run.results() is None for run in other.runs)
     stock, cbbl = summarize(other)
     assert (stock["bbox/AP"], cbbl["bbox/AP"], cbbl["bbox/AP diff"]) == (50.5, 53.5, 3.0)
-    assert cbbl["time"] == 0.5 and cbbl["over"] == "seeds"
+    assert cbbl["time"] == 0.5 and set(cbbl["over"].values()) == {"seeds"}
     with open(os.path.join(other.records.folder, "runs.csv")) as f:
         rows = list(csv.DictReader(f))
     assert [r["run"] for r in rows] == ["stock", "stock", "cbbl", "cbbl"]
@@ -140,9 +140,11 @@ def sealed_study(study_of, machine="here"):
 def test_the_test_set_stays_unread_until_it_is_opened(study_of):
     study = sealed_study(study_of)
     run = study.runs[0]
-    assert not study.records.is_sealed(run)
+    assert not study.records.is_sealed(run, study.test_set)
     study.records.seal(run, study.test_set, {"bbox/AP": 43.21, "lr": 1.0}, run.folder)
-    assert study.records.is_sealed(run) and not study.records.is_sealed(study.runs[1])
+    assert study.records.is_sealed(run, study.test_set) and not study.records.is_sealed(
+        study.runs[1], study.test_set
+    )
     folder = study.records.folder
     assert sorted(os.listdir(folder)) == [".lock", "settings", "test.csv"]
     assert "43.2" not in open(os.path.join(folder, "test.csv")).read()
@@ -150,6 +152,59 @@ def test_the_test_set_stays_unread_until_it_is_opened(study_of):
     assert opened.results(run)["bbox/AP"] == 43.21
     assert "43.2" in as_markdown(opened, summarize(opened))
     assert "43.21" in open(os.path.join(folder, "opened_test.csv")).read()
+
+
+def test_an_opened_study_has_nothing_but_what_was_sealed(study_of):
+    """No number of val in the table of the test set, and none of another test set."""
+    study = sealed_study(study_of)
+    add(study, (50.0, 51.0, 52.0, 53.0))
+    first, second = study.runs[:2]
+    study.records.seal(first, study.test_set, {"bbox/AP": 40.0}, first.folder)
+    study.records.seal(second, "small_shapes_mini_val", {"bbox/AP": 30.0}, second.folder)
+    opened = study.opened()
+    assert opened.results(first)["bbox/AP"] == 40 and opened.results(second) is None
+    (row,) = summarize(opened)
+    assert row["name"] == "stock" and row["seeds"] == [1]
+
+
+def test_an_evaluation_of_another_kind_does_not_count(study_of):
+    one = {"evaluations": {"voting": ["MODEL.CBBL.VOTING_SIGMA", 0.05]}}
+    study = study_of(**one)
+    run = study.runs[0]
+    study.records.add(run, {"bbox/AP": 50.0, "voting/bbox/AP": 51.0}, run.folder, 1)
+    same = study_of("there", **one)
+    found = same.records.find(same.runs[0])
+    assert found.missing == [] and found.metrics["voting/bbox/AP"] == 51
+    other = study_of("there", evaluations={"voting": ["MODEL.CBBL.VOTING_SIGMA", 5.0]})
+    found = other.records.find(other.runs[0])
+    assert found.missing == ["voting"] and "voting/bbox/AP" not in found.metrics
+    assert found.metrics["bbox/AP"] == 50
+
+
+def test_other_weights_to_start_from_are_refused(study_of, tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"one")
+    options = {"overrides": ["MODEL.WEIGHTS", str(weights)]}
+    study = study_of(**options)
+    add(study, (50.0,))
+    weights.write_bytes(b"two")
+    with pytest.raises(UserError, match="started from other weights than .*weights.pth"):
+        study_of("there", **options).records.find(study.runs[0])
+    weights.unlink()
+    assert study_of("there", **options).records.find(study.runs[0]) is not None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"test_set": "small_shapes_tst"}, "test_set: unknown data set small_shapes_tst"),
+        ({"results": 3}, "results = 3: must be a name"),
+        ({"output": None}, "output is empty"),
+    ],
+)
+def test_malformed_names(study_of, changes, message):
+    with pytest.raises(UserError, match=message):
+        study_of(**changes)
 
 
 def test_opening_needs_a_test_set_that_was_evaluated(study_of):
@@ -173,7 +228,7 @@ def test_interval_over_images_and_seeds(study_of, monkeypatch):
         study.records.add(run, {"bbox/AP": float(vector["bbox/AP"].mean())}, run.folder, 1)
     for study in (study, study_of("there")):  # noqa: B020
         _, cbbl = summarize(study)
-        assert cbbl["over"] == "images and seeds"
+        assert set(cbbl["over"].values()) == {"images and seeds"}
         # Pairing takes out what the images do to both, which is +-4.
         assert 0.7 < cbbl["bbox/AP low"] < 1 < cbbl["bbox/AP high"] < 1.3
     assert "Intervals of cbbl: bootstrap over images and seeds." in as_markdown(study, [cbbl])

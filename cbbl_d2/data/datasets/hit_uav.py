@@ -100,7 +100,7 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                     f"{json_file}: annotation {a['id']} has the image_id {a['image_id']}, which no "
                     "image has: download the file again"
                 )
-            if class_of[a["category_id"]] is None or min(a["bbox"][2:]) <= 0:
+            if class_of[a["category_id"]] is None or not all(x > 0 for x in a["bbox"][2:]):
                 num_lost[name_of[a["image_id"]]] += 1
             else:
                 boxes[name_of[a["image_id"]]].append((class_of[a["category_id"]], a["bbox"]))
