@@ -92,6 +92,12 @@ class CBBLTrainer(DefaultTrainer):
                 "beginning"
             )
         super().resume_or_load(resume)
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        if frozen and not self.cfg.MODEL.WEIGHTS and not (resume and found[0]):
+            logger.warning(
+                "MODEL.WEIGHTS is empty, and a part of the model is frozen at random numbers: set "
+                "MODEL.BACKBONE.FREEZE_AT 0 and a norm of the backbone that learns, such as BN"
+            )
 
     def train(self):
         if self.start_iter < self.max_iter:
