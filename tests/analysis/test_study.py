@@ -290,6 +290,7 @@ def study_folder(path):
         return yaml.safe_load(f)["output"]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_evaluated_on_another_data_set(write_study, run_tool, repository):
     """The trainings and their table stay what they are."""
     config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")

@@ -68,8 +68,14 @@ def train(cfg, output_dir, resume=False, interrupt_at=None):
         # The evaluation comes between the checkpoint and the next iteration.
         ["TEST.EVAL_PERIOD", 4, "INPUT.RANDOM_FLIP", "horizontal"],
         # Without a fixed seed the data stream still has one, and images wait in two buckets.
-        ["SEED", -1, "INPUT.MIN_SIZE_TRAIN", (96, 128)],
-        ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+        pytest.param(
+            ["SEED", -1, "INPUT.MIN_SIZE_TRAIN", (96, 128)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_path, overrides):

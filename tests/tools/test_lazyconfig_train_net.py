@@ -99,7 +99,14 @@ def test_trains_evaluates_and_resumes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("config", ["cbbl_keypoint_rcnn.py", "cbbl_mask_rcnn.py", "cbbl_fcos.py"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "cbbl_keypoint_rcnn.py",
+        pytest.param("cbbl_mask_rcnn.py", marks=pytest.mark.slow),
+        pytest.param("cbbl_fcos.py", marks=pytest.mark.slow),
+    ],
+)
 def test_metrics_of_masks_and_keypoints(tmp_path, config):
     """Also where nothing was detected: the model may be untrained."""
     run(tmp_path, (TOOL, config, *TINY, f"train.output_dir={tmp_path}", "train.max_iter=1"))
