@@ -14,6 +14,7 @@ from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import short
 
 from .study import read_metrics
+from .study_record import flatten
 
 __all__ = ["Training", "as_markdown", "differing_keys", "plot", "read_training", "read_trainings"]
 
@@ -274,7 +275,7 @@ def _read_settings(path: str) -> dict[str, object]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the config of a training: must be a mapping")
-    return _flat(content)
+    return flatten(content)
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -288,16 +289,6 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 _ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", _ConfigLoader.text)
-
-
-def _flat(node: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _text(value) -> str:

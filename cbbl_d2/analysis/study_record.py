@@ -55,18 +55,21 @@ _KEYS = (
 # -- settings --------------------------------------------------------------------------------------
 
 
+def flatten(node: Dict, prefix: str = "") -> Dict[str, object]:
+    """Dotted config key -> value, from nested mappings."""
+    flat: Dict[str, object] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 @functools.cache
 def flat_settings(text: str) -> Dict[str, object]:
     """Dotted config key -> value, from a config as YAML, without what is no setting of a run."""
-
-    def walk(node, prefix):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return {k: v for k, v in walk(yaml.safe_load(text), "") if k not in _NO_SETTING}
+    return {k: v for k, v in flatten(yaml.safe_load(text)).items() if k not in _NO_SETTING}
 
 
 def changed_settings(before: str, now: str) -> List[str]:
@@ -122,6 +125,7 @@ class StudyRecords:
         self.folder = folder
         self._rows = self._read("runs.csv")
         self._known_settings: Dict[str, str] = {}
+        self._checked = set()  # rows whose files were compared: a table asks for each many times
         self._vectors: Dict[tuple, Dict[str, np.ndarray]] = {}
         for row in self._read("bootstrap.csv"):
             values = np.array([float(x) for x in row["values"].split()])
@@ -144,7 +148,9 @@ class StudyRecords:
                 continue
             changed = changed_settings(self._settings(row["settings"]), run.settings)
             if not changed:
-                self._check_files(row, run)
+                if _identity(row) not in self._checked:
+                    self._check_files(row, run)
+                    self._checked.add(_identity(row))
                 made = json.loads(row.get("evaluations") or "{}")
                 missing = [k for k, v in _evaluations(run).items() if made.get(k) != v]
                 metrics = {
