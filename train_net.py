@@ -16,7 +16,7 @@ import os
 
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_datasets, describe_classes
+from cbbl_d2.data.dataset_checks import check_datasets, describe_classes, set_num_classes
 from cbbl_d2.engine import (
     CBBLTrainer,
     check_engine_config,
@@ -47,7 +47,8 @@ def load_and_check(args: argparse.Namespace) -> CfgNode:
     check_keypoint_sigmas(cfg)
     if args.eval_only:
         check_has_weights(cfg, args.resume)
-    check_datasets(cfg, eval_only=args.eval_only)
+    set_num_classes(cfg, args.eval_only)
+    check_datasets(cfg, args.eval_only)
     cfg.freeze()
     return cfg
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pycocotools.coco
 import torch
 from detectron2.engine import DefaultTrainer, defaults
 from detectron2.layers import get_norm
@@ -78,6 +79,31 @@ def needs_gpu_to_launch(error: Exception) -> bool:
     learned by trying: it is an assertion inside their first function.
     """
     return not torch.cuda.is_available() and "cuda is not available" in str(error)
+
+
+@contextlib.contextmanager
+def reading_parsed(content: dict) -> Iterator[None]:
+    """
+    ``load_coco_json`` takes a path alone, and parses the file by ``pycocotools.coco.COCO(path)``:
+    gigabytes and half a minute more for a large file that has been parsed for its checks. In this
+    context ``COCO(path)`` takes its content.
+
+    Args:
+        content: the parsed JSON.
+    """
+    before = pycocotools.coco.COCO
+
+    def coco(_path: str) -> pycocotools.coco.COCO:
+        api = before()
+        api.dataset = content
+        api.createIndex()
+        return api
+
+    pycocotools.coco.COCO = coco
+    try:
+        yield
+    finally:
+        pycocotools.coco.COCO = before
 
 
 @contextlib.contextmanager

@@ -11,16 +11,17 @@ What is wrong with a file is treated in one of two ways:
 Which is which: :mod:`cbbl_d2.data.coco_validation`. The user's files are never written to.
 """
 
-import dataclasses
 import json
 import logging
 import os
 from typing import Any
 
+from cbbl_d2.compat import reading_parsed
 from cbbl_d2.data.broken_images import check_depth, missing_images
 from cbbl_d2.data.coco_validation import (
+    CORNERS,
     are_corners,
-    are_fractions,
+    check_boxes,
     check_structure,
     count_over_the_edge,
     describe_faults,
@@ -33,6 +34,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 __all__ = [
+    "CocoLoader",
     "is_coco_format",
     "load_coco_format",
     "read_annotation_json",
@@ -61,15 +63,18 @@ def register_coco_format(name: str, json_file: str, image_root: str) -> None:
         UserError: the name is taken by other data.
     """
     json_file, image_root = _path(json_file), _path(image_root)
-    loader = _Loader(name, json_file, image_root)
     if name in DatasetCatalog:
-        if DatasetCatalog[name] == loader:
+        metadata = MetadataCatalog.get(name)
+        if is_coco_format(name) and (metadata.json_file, metadata.image_root) == (
+            json_file,
+            image_root,
+        ):
             return
         raise UserError(
             f"data set name {name} is already registered with other files: choose another name "
             f"for {json_file}"
         )
-    DatasetCatalog.register(name, loader)
+    DatasetCatalog.register(name, CocoLoader(name))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
 
@@ -95,20 +100,54 @@ def register_from_config(cfg: CfgNode) -> None:
 
 
 def is_coco_format(name: str) -> bool:
-    """Whether :func:`register_coco_format` has registered this data set."""
-    return name in DatasetCatalog and isinstance(DatasetCatalog[name], _Loader)
+    """Whether a data set is one that :class:`CocoLoader` checks."""
+    return name in DatasetCatalog and isinstance(DatasetCatalog[name], CocoLoader)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    """What ``DatasetCatalog.get`` calls."""
+class CocoLoader:
+    """
+    What ``DatasetCatalog.get`` calls for a data set whose metadata have ``json_file`` and
+    ``image_root``.
+    """
 
-    name: str
-    json_file: str
-    image_root: str
+    def __init__(self, name: str):
+        self.name = name
+        self._kept: list[dict] | None = None
+        self._state: tuple | None = None
 
     def __call__(self) -> list[dict]:
-        return load_coco_format(self.json_file, self.image_root, self.name)
+        """
+        Detectron2's dataset dicts, for the caller to change.
+
+        Raises:
+            UserError: see :func:`load_coco_format`.
+        """
+        kept, self._kept = self._kept, None
+        return kept if kept is not None and self._state == self._file_state() else self.load()
+
+    def load(self) -> list[dict]:
+        metadata = MetadataCatalog.get(self.name)
+        return load_coco_format(metadata.json_file, metadata.image_root, self.name)
+
+    def check(self) -> list[dict]:
+        """
+        Load the data set ahead of its use: the next call hands over what this one has loaded, and
+        parses the file again only if it has changed.
+
+        Returns:
+            the dataset dicts, to look at alone.
+        """
+        dicts = self()
+        self._kept, self._state = dicts, self._file_state()
+        return dicts
+
+    def _file_state(self) -> tuple | None:
+        """Another one after a change of the annotation file; None where it is gone."""
+        json_file = MetadataCatalog.get(self.name).json_file
+        if not os.path.isfile(json_file):
+            return None
+        stat = os.stat(json_file)
+        return json_file, stat.st_mtime_ns, stat.st_size
 
 
 def _path(path: str) -> str:
@@ -144,22 +183,11 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
     """
     content = read_coco_json(json_file)
     faults = find_faults(content)
-    if all(a["id"] in faults or a.get("iscrowd", 0) for a in content["annotations"]):
-        raise UserError(
-            f"{json_file}: no box that can be used"
-            + (f", of {len(faults)}: {describe_faults(faults)}" if faults else "")
-            + ": nothing to learn or to measure; is it the right file?"
-        )
-    if are_fractions(content, faults):
-        raise UserError(
-            f"{json_file}: all boxes lie between 0 and 1, as fractions of the image: COCO's are in "
-            "pixels, multiply x and width by the width of the image, y and height by its height"
-        )
+    check_boxes(content, faults, json_file)
     _check_same_classes_as_before(name, content, json_file)
-
-    dicts = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
-    for d in dicts:
-        d["annotations"] = [a for a in d["annotations"] if a.pop("id") not in faults]
+    usable = [a for a in content["annotations"] if a["id"] not in faults]
+    with reading_parsed({**content, "annotations": usable}):
+        dicts = load_coco_json(json_file, image_root, name)
 
     missing = missing_images(dicts)
     if len(missing) == len(dicts):
@@ -172,10 +200,7 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
         )
     check_depth(dicts)
     if are_corners(content, faults):
-        logger.warning(
-            f"{json_file}: the boxes look like [x0, y0, x1, y1], but in COCO's format they are "
-            "[x, y, width, height]: if so, subtract x0 from x1 and y0 from y1"
-        )
+        logger.warning(f"{json_file}: {CORNERS}")
     _log_counts(name, content, faults, dicts, missing)
     return dicts
 
@@ -206,7 +231,7 @@ def read_annotation_json(json_file: str) -> Any:
     except FileNotFoundError as e:
         raise UserError(f"{json_file}: no such annotation file: correct the path") from e
     except json.JSONDecodeError as e:
-        # Detectron2 and pycocotools, which read it after us, cannot take a byte order mark either.
+        # Detectron2 and pycocotools, which may read it after us, cannot take a byte order mark.
         cure = (
             "save it without a byte order mark" if "BOM" in e.msg else "correct or export it again"
         )

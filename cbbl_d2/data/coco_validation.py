@@ -6,7 +6,7 @@ JSON, which they leave as it is.
   twice. Detectron2 or pycocotools could not work with the file.
 * Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
   Such a box would be an object that no detector can find.
-* All of its boxes (:func:`are_fractions`, :func:`are_corners`): they are in another unit or format.
+* All of its boxes (:func:`check_boxes`, :func:`are_corners`): they are in another unit or format.
 
 A box that is partly outside its image can be used: Detectron2 clips it in training, and COCO's
 metric takes it as it is.
@@ -22,8 +22,9 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed, short
 
 __all__ = [
+    "CORNERS",
     "are_corners",
-    "are_fractions",
+    "check_boxes",
     "check_structure",
     "count_over_the_edge",
     "describe_faults",
@@ -38,6 +39,10 @@ _EDGE_TOLERANCE = 1.0
 # NumPy, Detectron2 and pycocotools keep ids as integers of 64 bits.
 _ID_LIMIT = 2**63
 
+CORNERS = (
+    "the boxes look like [x0, y0, x1, y1], but in COCO's format they are [x, y, width, height]: if "
+    "so, subtract x0 from x1 and y0 from y1"
+)
 # Fewer boxes may look like corners by chance; so may this share of boxes over the edge.
 _MIN_CORNERS, _MIN_SHARE_OVER_THE_EDGE = 5, 0.25
 
@@ -218,13 +223,27 @@ def count_over_the_edge(content: dict, faults: dict[int, str]) -> int:
     )
 
 
-def are_fractions(content: dict, faults: dict[int, str]) -> bool:
+def check_boxes(content: dict, faults: dict[int, str], where: str) -> None:
     """
-    Whether all usable boxes lie between 0 and 1, as the fractions of width and height that other
-    formats have: in pixels, none of them would be larger than one.
+    Args:
+        where: the content is from, for the message.
+
+    Raises:
+        UserError: no box can be used, or all lie between 0 and 1, as the fractions of width and
+            height that other formats have: in pixels, none of them would be larger than one.
     """
-    boxes = [a["bbox"] for a in content["annotations"] if a["id"] not in faults]
-    return bool(boxes) and all(0 <= value <= 1 for box in boxes for value in box)
+    usable = [a for a in content["annotations"] if a["id"] not in faults]
+    if all(a.get("iscrowd", 0) for a in usable):
+        raise UserError(
+            f"{where}: no box that can be used"
+            + (f", of {len(faults)}: {describe_faults(faults)}" if faults else "")
+            + ": nothing to learn or to measure; is it the right file?"
+        )
+    if all(0 <= value <= 1 for a in usable for value in a["bbox"]):
+        raise UserError(
+            f"{where}: all boxes lie between 0 and 1, as fractions of the image: COCO's are in "
+            "pixels, multiply x and width by the width of the image, y and height by its height"
+        )
 
 
 def are_corners(content: dict, faults: dict[int, str]) -> bool:

@@ -32,15 +32,16 @@ logger = logging.getLogger(__name__)
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     Check that the data sets of a config exist and fit the model, before time goes into building it.
-    Data sets of ``DATASETS.COCO_FORMAT`` and those to evaluate on are loaded for it. A number of
-    classes of 0 becomes that of the data, see :func:`set_num_classes`.
+    All but Detectron2's own training sets are loaded for it, see
+    :meth:`cbbl_d2.data.coco_format.CocoLoader.check`.
 
     Args:
-        cfg: ``DATASETS.TRAIN``, ``DATASETS.TEST`` and the number of classes are read.
+        cfg: ``DATASETS.TRAIN``, ``DATASETS.TEST``, ``MODEL.MASK_ON``, ``MODEL.KEYPOINT_ON`` and the
+            number of classes, after :func:`set_num_classes`, are read.
         eval_only: leave ``DATASETS.TRAIN`` alone: its files need not be on this machine.
 
     Raises:
-        ConfigError: an unknown data set, no data set to train on, or see
+        ConfigError: an unknown data set, no data set to train or evaluate on, or see
             :func:`check_num_classes`.
         UserError: files are missing or malformed.
     """
@@ -51,7 +52,6 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for name in _used_datasets(cfg, eval_only):
         dicts = _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
         _check_heads(cfg, name, dicts)
-    set_num_classes(cfg, eval_only)
     check_num_classes(cfg, eval_only)
 
 
@@ -76,7 +76,7 @@ def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     names = _used_datasets(cfg, eval_only and len(cfg.DATASETS.TEST) > 0)
     for name in names:
         if MetadataCatalog.get(name).get("thing_classes") is None:
-            load_dataset(name)  # Detectron2's loaders of COCO files set them
+            load_dataset(name, used_again=True)  # loaders of COCO files set them
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes:
             cfg.MODEL[node].NUM_CLASSES = len(classes)
@@ -84,8 +84,12 @@ def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
             return
     raise ConfigError(
         f"{key} = 0 stands for the number of classes of the data, but "
-        + (f"{listed(names)} does not name its classes" if names else "no data set is given")
-        + f": set {key} to a number"
+        + (
+            f"{listed(names)} does not name its classes"
+            if names
+            else "DATASETS.TRAIN and DATASETS.TEST are empty"
+        )
+        + f": {'' if names else 'name a data set, or '}set {key} to a number"
     )
 
 
@@ -120,7 +124,7 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     for name in _used_datasets(cfg, eval_only):
         metadata = MetadataCatalog.get(name)
         if is_coco_format(name) and metadata.get("thing_classes") is None:
-            DatasetCatalog.get(name)  # sets them
+            load_dataset(name, used_again=True)  # sets them
         classes = metadata.get("thing_classes")
         if classes is None:  # a data set of another kind
             continue
@@ -159,15 +163,21 @@ def check_registered(name: str, where: str) -> None:
     )
 
 
-def load_dataset(name: str) -> list[dict]:
+def load_dataset(name: str, used_again: bool = False) -> list[dict]:
     """
     Detectron2's dataset dicts of a registered data set.
+
+    Args:
+        used_again: they are only to be looked at, and Detectron2 loads the data set afterwards,
+            for which it need not be parsed a second time.
 
     Raises:
         UserError: its files are missing or malformed, or it has no images.
     """
     json_file = MetadataCatalog.get(name).get("json_file")
     try:
+        if used_again and is_coco_format(name):
+            return DatasetCatalog[name].check()
         dicts = DatasetCatalog.get(name)
     except FileNotFoundError as e:
         raise _not_there(name, e.filename or json_file) from e
@@ -218,7 +228,7 @@ def _check_files(name: str, needs_all_images: bool) -> list[dict]:
         if image_root and not os.path.isdir(image_root):
             raise _not_there(name, image_root)
         return []
-    dicts = load_dataset(name)
+    dicts = load_dataset(name, used_again=True)
     if not isinstance(dicts, list):  # Detectron2 allows a torch Dataset, too
         return []
     missing = missing_images(dicts) if needs_all_images else []

@@ -13,15 +13,15 @@ import numpy as np
 from cbbl_d2.data.broken_images import is_too_deep, why_broken
 from cbbl_d2.data.coco_format import read_coco_json
 from cbbl_d2.data.coco_validation import (
+    CORNERS,
     are_corners,
-    are_fractions,
+    check_boxes,
     check_structure,
     count_over_the_edge,
     describe_faults,
     find_faults,
 )
 from cbbl_d2.data.dataset_checks import load_dataset
-from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -95,20 +95,9 @@ def report_on(content: dict, json_file: str, image_root: str, name: str = "") ->
     Raises:
         UserError: no box can be used, or the boxes are no pixels.
     """
-    where = json_file or f"data set {name}"
     faults = find_faults(content)
+    check_boxes(content, faults, json_file or f"data set {name}")
     objects = object_table(content, faults)
-    if not len(objects):
-        raise UserError(
-            f"{where}: no box that can be used"
-            + (f", of {len(faults)}: {describe_faults(faults)}" if faults else "")
-            + ": is it the right file?"
-        )
-    if are_fractions(content, faults):
-        raise UserError(
-            f"{where}: all boxes lie between 0 and 1, as fractions of the image: COCO's are in "
-            "pixels, multiply x and width by the width of the image, y and height by its height"
-        )
     categories = sorted(content["categories"], key=lambda c: c["id"])
     files = ": ".join(x for x in (name, json_file) if x)
     return DatasetReport(
@@ -129,10 +118,7 @@ def report_on(content: dict, json_file: str, image_root: str, name: str = "") ->
 
 def _warnings_of_format(content: dict, faults: dict[int, str]) -> Iterable[str]:
     if are_corners(content, faults):
-        yield (
-            "the boxes look like [x0, y0, x1, y1], but in COCO's format they are [x, y, width, "
-            "height]: if so, subtract x0 from x1 and y0 from y1"
-        )
+        yield CORNERS
     if faults:
         yield (
             f"{count(len(faults), 'box', 'boxes')} that cannot be used and will be left out: "

@@ -305,7 +305,7 @@ def prepare_ground_truth(name: str, coco: COCO) -> None:
     """
     if not is_coco_format(name):
         return
-    check_structure(coco.dataset, DatasetCatalog[name].json_file)
+    check_structure(coco.dataset, MetadataCatalog.get(name).json_file)
     faults = find_faults(coco.dataset)
     num_areas = clean_ground_truth(coco, faults)
     if faults:

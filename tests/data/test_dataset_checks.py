@@ -11,7 +11,9 @@ from cbbl_d2.data.dataset_checks import (  # noqa: E402
     describe_classes,
     set_num_classes,
 )
+from cbbl_d2.data.train_loader import ResumableTrainLoader  # noqa: E402
 from cbbl_d2.errors import ConfigError, UserError  # noqa: E402
+from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
@@ -29,6 +31,30 @@ def test_sound_data_sets_pass(register, content):
     name = register(content)
     check_datasets(make_cfg([name], [name]))
     check_datasets(make_cfg(["coco_2017_train"], [name]), eval_only=True)
+
+
+def test_annotation_files_are_parsed_as_often_as_by_detectron2(register, content, monkeypatch):
+    """Of a training: both files once to load them, the second once more for the metric."""
+    train, val = register(content), register(content)
+    cfg = make_cfg([train], [val], num_classes=0)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    parsed = []
+    monkeypatch.setattr(json, "load", lambda f: parsed.append(f.name) or json.loads(f.read()))
+    set_num_classes(cfg)
+    check_datasets(cfg)
+    assert len(parsed) == 2
+    ResumableTrainLoader(cfg)
+    build_coco_evaluator(cfg, val)
+    first = [d["annotations"] for d in DatasetCatalog.get(val)]
+    assert len(parsed) == 3
+    # Each caller has its own, and a changed file is read again.
+    second = [d["annotations"] for d in DatasetCatalog.get(val)]
+    assert first == second and first[0] is not second[0] and len(parsed) == 4
+    check_datasets(cfg, eval_only=True)
+    del content["annotations"][0]
+    with open(MetadataCatalog.get(val).json_file, "w") as f:
+        json.dump(content, f)
+    assert sum(len(d["annotations"]) for d in DatasetCatalog.get(val)) == 3
 
 
 def test_number_of_classes(register, content):
@@ -51,6 +77,7 @@ def test_zero_classes_become_those_of_the_data(register, content, architecture, 
     cfg = make_cfg([name], [name], num_classes=80)
     cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.MODEL[node].NUM_CLASSES = 0
+    set_num_classes(cfg)
     check_datasets(cfg)
     assert cfg.MODEL[node].NUM_CLASSES == 3
     others = {"ROI_HEADS", "RETINANET", "FCOS"} - {node}
@@ -77,7 +104,7 @@ def test_zero_classes_alone_and_without_the_training_data(register, content, new
 def test_zero_classes_and_no_data_that_names_them(new_name):
     name = new_name()
     DatasetCatalog.register(name, lambda: [{"file_name": "a.png"}])
-    for train, words in (([name], f"{name} does not name its classes"), ([], "no data set")):
+    for train, words in (([name], f"{name} does not name its classes"), ([], "are empty: name")):
         with pytest.raises(ConfigError, match=f"ROI_HEADS.NUM_CLASSES = 0 .*{words}.*to a number"):
             set_num_classes(make_cfg(train, num_classes=0))
 
@@ -85,6 +112,7 @@ def test_zero_classes_and_no_data_that_names_them(new_name):
 def test_classes_of_different_data_sets_are_still_compared(register, content):
     name = register(content)
     cfg = make_cfg([name], ["small_shapes_mini_val"], num_classes=0)
+    set_num_classes(cfg)
     with pytest.raises(ConfigError, match="NUM_CLASSES = 2, but data set small_shapes_mini_val"):
         check_datasets(cfg)
 

@@ -21,7 +21,7 @@ from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.data import register_coco_format  # noqa: E402
 from cbbl_d2.data.broken_images import NameBrokenImage, SkipBrokenImages  # noqa: E402
 from cbbl_d2.data.coco_format import read_coco_json  # noqa: E402
-from cbbl_d2.data.dataset_checks import check_datasets  # noqa: E402
+from cbbl_d2.data.dataset_checks import check_datasets, set_num_classes  # noqa: E402
 from cbbl_d2.dataset_report.report import check_images, report_on  # noqa: E402
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
@@ -251,6 +251,7 @@ def test_comes_out_right(data, cfg_of, change):
     change(data)
     before = json.dumps(data.content)
     cfg = cfg_of(data)
+    set_num_classes(cfg)
     check_datasets(cfg)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
     (name,) = cfg.DATASETS.TRAIN
@@ -413,6 +414,7 @@ def test_broken_image_is_skipped_in_training_and_named_in_evaluation(
     monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
     change(data)
     cfg = cfg_of(data)
+    set_num_classes(cfg)
     check_datasets(cfg)
     dicts = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     file_name = dicts[1]["file_name"]
@@ -458,7 +460,9 @@ def one_over_the_edge(data):
 def test_corners_in_the_place_of_width_and_height(data, cfg_of, caplog, monkeypatch, change, warns):
     monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
     change(data)
-    check_datasets(cfg_of(data))
+    cfg = cfg_of(data)
+    set_num_classes(cfg)
+    check_datasets(cfg)
     messages = {r.getMessage() for r in caplog.records if "[x0, y0, x1, y1]" in r.getMessage()}
     assert len(messages) == warns
     if warns:

@@ -7,12 +7,11 @@ What was downloaded stays as it is; the converters add ``coco/instances_{split}.
 ``file_name`` entries start at the folder of the data set.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
 
-from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
+from cbbl_d2.data.coco_format import CocoLoader, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
@@ -72,7 +71,7 @@ def register_public(
         thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(classes))},
         evaluation_rules=rules,
     )
-    DatasetCatalog.register(name, _Loader(name, folder, split, source, command))
+    DatasetCatalog.register(name, _Loader(name, source, command))
 
 
 class _PublicMetadata(Metadata):
@@ -87,30 +86,25 @@ class _PublicMetadata(Metadata):
         return dataset_folder(self.public_folder)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    """What ``DatasetCatalog.get`` calls."""
+class _Loader(CocoLoader):
+    def __init__(self, name: str, source: str, command: str):
+        super().__init__(name)
+        self._source, self._command = source, command
 
-    name: str
-    folder: str
-    split: str
-    source: str
-    command: str
-
-    def __call__(self) -> list[dict]:
+    def load(self) -> list[dict]:
         """
         Raises:
             UserError: the files are missing or malformed.
         """
-        root = dataset_folder(self.folder)
-        json_file = converted_json(root, self.split)
-        if not os.path.isfile(json_file):
+        metadata = MetadataCatalog.get(self.name)
+        if not os.path.isfile(metadata.json_file):
             raise UserError(
-                f"data set {self.name}: {json_file} does not exist: download {self.source} to "
-                f"{root} and run: python tools/convert_dataset.py {self.command} (or set "
-                "DETECTRON2_DATASETS to the folder that holds the data sets)"
+                f"data set {self.name}: {metadata.json_file} does not exist: download "
+                f"{self._source} to {metadata.image_root} and run: python tools/convert_dataset.py "
+                f"{self._command} (or set DETECTRON2_DATASETS to the folder that holds the data "
+                "sets)"
             )
-        return load_coco_format(json_file, root, self.name)
+        return super().load()
 
 
 # -- conversion ------------------------------------------------------------------------------------

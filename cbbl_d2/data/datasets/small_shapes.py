@@ -27,13 +27,14 @@ import logging
 import os
 
 import numpy as np
+from cbbl_d2.data.broken_images import missing_images
+from cbbl_d2.data.coco_format import CocoLoader
 from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
 from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def register_small_shapes(
             keypoint_flip_map=[("left", "right")],
             keypoint_connection_rules=[(a, b, _LINE_COLOR) for a, b in _SKELETON],
         )
-        DatasetCatalog.register(name, _Loader(name, spec, split, root))
+        DatasetCatalog.register(name, _Loader(name, spec, root))
 
 
 def generate_small_shapes(folder: str, spec: SmallShapesSpec, progress: bool = True) -> None:
@@ -142,36 +143,27 @@ class _SmallShapesMetadata(Metadata):
         return _folder(self.small_shapes_root, self.small_shapes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    """What ``DatasetCatalog.get`` calls: makes the files if needed, returns the dataset dicts."""
+class _Loader(CocoLoader):
+    """Makes the files if needed."""
 
-    name: str
-    spec: SmallShapesSpec
-    split: str
-    root: str | None
+    def __init__(self, name: str, spec: SmallShapesSpec, root: str | None):
+        super().__init__(name)
+        self._spec, self._root = spec, root
 
-    def __call__(self) -> list[dict]:
-        folder = _folder(self.root, self.spec.fingerprint)
+    def load(self) -> list[dict]:
+        folder = _folder(self._root, self._spec.fingerprint)
         if not os.path.isdir(folder):
-            generate_small_shapes(folder, self.spec)
+            generate_small_shapes(folder, self._spec)
         try:
-            dicts = load_coco_json(
-                _json_file(folder, self.split), os.path.join(folder, self.split), self.name
-            )
-            present = set(os.listdir(os.path.join(folder, self.split)))
-            files = (record["file_name"] for record in dicts)
-            missing = [file for file in files if os.path.basename(file) not in present]
-            damage = f"{missing[0]} is missing" if missing else ""
-        except FileNotFoundError as e:
-            damage = f"{e.filename} is missing"
-        except json.JSONDecodeError:
-            damage = f"{_json_file(folder, self.split)} is no valid JSON"
-        if damage:
+            dicts = super().load()
+            missing = missing_images(dicts)
+            if missing:
+                raise UserError(f"{missing[0]} is missing")
+        except UserError as e:
             raise UserError(
-                f"the SmallShapes data set is damaged: {damage}; delete the folder {folder} and "
-                f"run again, it is then drawn anew"
-            )
+                f"the SmallShapes data set is damaged: {e}; delete the folder {folder} and run "
+                "again, it is then drawn anew"
+            ) from e
         return dicts
 
 
