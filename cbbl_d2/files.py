@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
+from cbbl_d2.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
@@ -43,6 +45,27 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def open_whole(path: str, mode: str = "w", cure: str = "") -> Iterator[IO]:
+    """
+    :func:`atomic_write` for files that a user asked for: it makes the folder, too.
+
+    Args:
+        cure: what to do where the file cannot be written, for the message.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with atomic_write(path, mode) as f:
+            yield f
+    except OSError as e:
+        raise UserError(
+            f"{path}: cannot be written ({e.strerror or e})" + (f": {cure}" if cure else "")
+        ) from e
 
 
 def remove_unfinished(folder: str) -> None:

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "cbbl_d2"
 
 # From the bottom up; what stands in one line does not know each other.
 LAYERS = (
-    ("errors", "files", "messages"),
-    ("distribution",),
+    ("errors", "messages"),
+    ("files", "distribution"),
     ("config",),
     ("compat", "architectures"),
     ("modeling", "evaluation.rules"),

@@ -20,6 +20,7 @@ import os
 import numpy as np
 from cbbl_d2.data.coco_format import load_coco_format
 from cbbl_d2.data.coco_validation import find_faults, is_positive_number
+from cbbl_d2.data.coco_writer import CocoWriter
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
@@ -127,7 +128,7 @@ def clip(box: list[float], window: list[float]) -> list[float]:
 
 def slice_dataset(
     content: dict, images: str, folder: str, size: int, overlap: float, min_area_ratio: float
-) -> dict:
+) -> CocoWriter:
     """
     Cut the images into ``folder/images``.
 
@@ -135,7 +136,7 @@ def slice_dataset(
         content: from :func:`usable`.
 
     Returns:
-        the COCO dict of the slices.
+        what is to be written.
     """
     try:
         from sahi.slicing import slice_coco
@@ -168,16 +169,10 @@ def slice_dataset(
         min_area_ratio=0.0,
     )
     os.remove(json_file)
-    return {
-        "images": sliced["images"],
-        "annotations": _pieces(sliced["annotations"], annotations, min_area_ratio),
-        "categories": content["categories"],
-    }
-
-
-def _pieces(pieces: list[dict], annotations: list[dict], min_area_ratio: float) -> list[dict]:
-    result = []
-    for piece in pieces:
+    writer = CocoWriter(content["categories"])
+    for image in sliced["images"]:
+        writer.add_image(**image)
+    for piece in sliced["annotations"]:
         original = annotations[piece["category_id"] - 1]
         _, _, width, height = original["bbox"]
         share = float(np.prod(piece["bbox"][2:])) / (width * height) if piece["bbox"] else 0.0
@@ -186,22 +181,22 @@ def _pieces(pieces: list[dict], annotations: list[dict], min_area_ratio: float) 
         if share == 0 or (share < min_area_ratio and not is_crowd):
             continue
         area = original.get("area")
-        result.append(
-            {
-                **{k: v for k, v in original.items() if k not in _LOST},
-                "id": len(result) + 1,
-                "image_id": piece["image_id"],
-                "bbox": piece["bbox"],
-                # An annotated area, of a mask for example, shrinks as the box does.
-                "area": share * (area if is_positive_number(area) else width * height),
-                "iscrowd": original.get("iscrowd", 0),
-            }
-        )
-    return result
+        new = {
+            "image_id": piece["image_id"],
+            "bbox": piece["bbox"],
+            # An annotated area, of a mask for example, shrinks as the box does.
+            "area": share * (area if is_positive_number(area) else width * height),
+            "iscrowd": original.get("iscrowd", 0),
+        }
+        writer.add_annotation(**{k: v for k, v in original.items() if k not in _LOST}, **new)
+    return writer
 
 
-# What does not hold for a piece of an object.
-_LOST = ("segmentation", "keypoints", "num_keypoints")
+# What is another one for a piece of an object, or does not hold for it.
+_LOST = (
+    *("id", "image_id", "bbox", "area", "iscrowd"),
+    *("segmentation", "keypoints", "num_keypoints"),
+)
 
 
 @one_line_errors
@@ -219,15 +214,14 @@ def main(argv: list[str] | None = None) -> None:
             sliced = slice_dataset(
                 content, args.images, folder, args.slice, args.overlap, args.min_area_ratio
             )
-            with open(os.path.join(folder, "annotations.json"), "w", encoding="utf-8") as f:
-                json.dump(sliced, f)
+            sliced.write(os.path.join(folder, "annotations.json"))
     except OSError as e:
         raise UserError(f"{args.output}: cannot be written ({e.strerror or e})") from e
     print(
         f"{count(len(content['images']), 'image', 'images')} with "
         f"{count(len(content['annotations']), 'box', 'boxes')} cut into "
-        f"{count(len(sliced['images']), 'slice', 'slices')} with "
-        f"{count(len(sliced['annotations']), 'box', 'boxes')}, written to {args.output}"
+        f"{count(sliced.num_images, 'slice', 'slices')} with "
+        f"{count(sliced.num_annotations, 'box', 'boxes')}, written to {args.output}"
     )
     print(
         f'DATASETS.COCO_FORMAT: ["my_sliced", "{args.output}/annotations.json", '

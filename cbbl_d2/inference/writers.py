@@ -3,17 +3,16 @@ Predictions as files: COCO results, COCO annotations (CVAT, Label Studio), CSV a
 Every file is written whole or not at all.
 """
 
-import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
-from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.data.coco_writer import CocoWriter
+from cbbl_d2.files import open_whole
 from detectron2.utils.visualizer import GenericMask
 from pycocotools import mask as mask_util
 
@@ -45,42 +44,26 @@ def write_coco_annotations(path: str, results: Sequence[ImageResult], classes: C
     The format of COCO's annotations, with images and categories, which labeling tools import. The
     ids are those of :func:`write_coco_results`. Each annotation also has its "score".
     """
-    images, annotations = [], []
+    writer = CocoWriter(classes.categories())
     for result in results:
-        images.append(
-            {
-                "id": result.image_id,
-                "file_name": result.file_name,
-                "height": result.height,
-                "width": result.width,
-            }
-        )
+        writer.add_image(result.file_name, result.width, result.height, id=result.image_id)
         for detection in result.detections:
             _, _, width, height = detection["bbox"]
-            annotation = {
-                **detection,
-                "id": len(annotations) + 1,  # pycocotools takes the id 0 for "no match"
-                "category_id": classes.ids[detection["category_id"]],
-                "area": width * height,
-                "iscrowd": 0,
-                "segmentation": [],
-            }
+            fields = {**detection, "area": width * height, "iscrowd": 0, "segmentation": []}
             if "segmentation" in detection:
                 rle = detection["segmentation"]
-                annotation["area"] = float(mask_util.area(rle))
                 mask = GenericMask(rle, result.height, result.width)
-                annotation["segmentation"] = [x.tolist() for x in mask.polygons]
+                fields["area"] = float(mask_util.area(rle))
+                fields["segmentation"] = [x.tolist() for x in mask.polygons]
             if "keypoints" in detection:
                 # The third value is a score in results, and a visibility in annotations.
                 points = np.reshape(detection["keypoints"], (-1, 3)).copy()
                 points[:, 2] = 2
-                annotation["keypoints"] = points.ravel().tolist()
-                annotation["num_keypoints"] = len(points)
-            annotations.append(annotation)
-    write_json(
-        path,
-        {"images": images, "annotations": annotations, "categories": classes.categories()},
-    )
+                fields["keypoints"] = points.ravel().tolist()
+                fields["num_keypoints"] = len(points)
+            fields["category_id"] = classes.ids[detection["category_id"]]
+            writer.add_annotation(**fields)
+    writer.write(path)
 
 
 def write_csv(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
@@ -162,19 +145,3 @@ def write_png(path: str, picture: np.ndarray) -> None:
 def write_json(path: str, content: Any) -> None:
     with open_whole(path) as f:
         json.dump(content, f)
-
-
-@contextlib.contextmanager
-def open_whole(path: str, mode: str = "w") -> Iterator[IO]:
-    """
-    :func:`cbbl_d2.files.atomic_write` that makes the folder.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with atomic_write(path, mode) as f:
-            yield f
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e

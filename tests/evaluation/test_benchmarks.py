@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from cbbl_d2.data.datasets.public_data import CocoWriter  # noqa: E402
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories  # noqa: E402
 from cbbl_d2.evaluation import build_coco_evaluator  # noqa: E402
 from cbbl_d2.evaluation import coco as coco_module  # noqa: E402
 from cbbl_d2.evaluation.rules import SizeMetric  # noqa: E402
@@ -33,7 +33,7 @@ def evaluate(request, tmp_path, monkeypatch):
 
     def run(name, objects, detections, ignored=(), regions=()):
         metadata = MetadataCatalog.get(name)
-        writer = CocoWriter(name, metadata.thing_classes)
+        writer = CocoWriter(numbered_categories(metadata.thing_classes))
         image = writer.add_image("a.png", WIDTH, HEIGHT, ignored_regions=list(regions))
         for box in objects:
             writer.add_object(image, 1, box)

@@ -15,17 +15,19 @@ sizes, by the square root of the box's area: very tiny (APvt) up to 8 px, tiny (
 
 import os
 
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.data.datasets.public_data import (
-    CocoWriter,
+    CANNOT_WRITE,
+    class_ids,
     converted_json,
     first_existing,
+    images_bar,
     read_published_coco,
     register_public,
 )
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
 from cbbl_d2.messages import count, listed
-from tqdm import tqdm
 
 __all__ = ["AI_TOD_CLASSES", "AI_TOD_SPLITS", "ai_tod_annotation_files", "convert_ai_tod"]
 
@@ -68,7 +70,6 @@ def convert_ai_tod(
     version: int = 1,
     annotations: str | None = None,
     images: str | None = None,
-    progress: bool = True,
 ) -> str:
     """
     Write ``{root}/coco/instances_{split}.json``, for version 2 ``instances_v2_{split}.json``.
@@ -78,7 +79,6 @@ def convert_ai_tod(
         split: "train", "val", "trainval" or "test".
         version: 1 for AI-TOD, 2 for AI-TOD-v2.
         annotations, images: another annotation file and image folder, relative to ``root``.
-        progress: show a progress bar on stderr.
 
     Returns:
         one line that says what was converted.
@@ -90,19 +90,15 @@ def convert_ai_tod(
     candidates = ai_tod_annotation_files(split, version)
     json_file = os.path.join(root, annotations or first_existing(root, candidates, what))
     content = read_published_coco(json_file, ["ignore"])
-    new_id = _new_category_ids(content["categories"], json_file)
+    known = {name: i for i, name in enumerate(AI_TOD_CLASSES, start=1)}
+    new_id = class_ids(content, json_file, "AI-TOD", known)
     folders = _image_folders(root, split) if images is None else [images]
 
-    writer = CocoWriter(f"AI-TOD{'-v2' if version == 2 else ''} {split}", AI_TOD_CLASSES)
+    title = f"AI-TOD{'-v2' if version == 2 else ''} {split}"
+    writer = CocoWriter(numbered_categories(AI_TOD_CLASSES), description=title)
     new_image_id = {}
     missing = []
-    for image in tqdm(
-        content["images"],
-        desc=f"AI-TOD {split}",
-        unit="image",
-        mininterval=1,
-        disable=not progress,
-    ):
+    for image in images_bar(content["images"], f"AI-TOD {split}"):
         paths = [os.path.join(folder, image["file_name"]) for folder in folders]
         found = next((path for path in paths if os.path.isfile(os.path.join(root, path))), None)
         if found is None:
@@ -116,43 +112,26 @@ def convert_ai_tod(
             "the images (those from xView have to be made by the authors' tool), or give their "
             "folder as --images"
         )
-    num_lost = num_ignored = num_objects = 0
+    num_lost = 0
     for annotation in content["annotations"]:
-        box, image_id = annotation["bbox"], annotation["image_id"]
-        if image_id not in new_image_id:
-            raise UserError(
-                f"{json_file}: annotation {annotation['id']} has the image_id {image_id}, which no "
-                "image has: download the file again"
-            )
-        if min(box[2:]) <= 0:
+        if min(annotation["bbox"][2:]) <= 0:
             num_lost += 1
             continue
-        ignore = bool(annotation["iscrowd"])
-        writer.add_object(new_image_id[image_id], new_id[annotation["category_id"]], box, ignore)
-        num_ignored += ignore
-        num_objects += not ignore
-    converted = converted_json(root, _converted_split(split, version))
-    writer.write(converted)
+        writer.add_object(
+            new_image_id[annotation["image_id"]],
+            new_id[annotation["category_id"]],
+            annotation["bbox"],
+            ignore=bool(annotation["iscrowd"]),
+        )
+    written = writer.write(converted_json(root, _converted_split(split, version)), CANNOT_WRITE)
     return (
-        f"{converted}: {count(len(new_image_id), 'image', 'images')}, "
-        f"{count(num_objects, 'object', 'objects')}; ignored: "
-        f"{count(num_ignored, 'box', 'boxes')}; left out: {count(num_lost, 'box', 'boxes')} of no "
-        "size"
+        f"{written}; ignored: {count(writer.num_ignored, 'box', 'boxes')}; left out: "
+        f"{count(num_lost, 'box', 'boxes')} of no size"
     )
 
 
 def _converted_split(split: str, version: int) -> str:
     return split if version == 1 else f"v{version}_{split}"
-
-
-def _new_category_ids(categories: list[dict], json_file: str) -> dict[int, int]:
-    names = [category["name"] for category in categories]
-    if set(names) != set(AI_TOD_CLASSES):
-        raise UserError(
-            f"{json_file}: has the classes {listed(names, 8)}, not those of AI-TOD "
-            f"({listed(AI_TOD_CLASSES, 8)}): is it the right file?"
-        )
-    return {c["id"]: AI_TOD_CLASSES.index(c["name"]) + 1 for c in categories}
 
 
 def _image_folders(root: str, split: str) -> list[str]:

@@ -19,19 +19,25 @@ name modulo 100 decides: below 28 test, below 45 val, else train.
 """
 
 import collections
+import functools
 import hashlib
 import itertools
 import os
 
-from cbbl_d2.data.coco_format import read_annotation_json
-from cbbl_d2.data.coco_validation import check_structure
-from cbbl_d2.data.datasets.public_data import CocoWriter, converted_json, register_public
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
+from cbbl_d2.data.datasets.public_data import (
+    CANNOT_WRITE,
+    class_ids,
+    converted_json,
+    images_bar,
+    read_published_coco,
+    register_public,
+    write_jpeg,
+)
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
-from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, listed
 from PIL import Image
-from tqdm import tqdm
 
 __all__ = ["HIT_UAV_CLASSES", "HIT_UAV_SPLITS", "convert_hit_uav", "sequence_of"]
 
@@ -39,13 +45,7 @@ HIT_UAV_CLASSES = ("Person", "Vehicle", "Bicycle")
 HIT_UAV_SPLITS = ("train", "val", "test")
 _FOLDER = "HIT-UAV"
 _PUBLISHED = "normal_json"
-_CLASS_OF = {
-    "Person": "Person",
-    "Car": "Vehicle",
-    "OtherVehicle": "Vehicle",
-    "Bicycle": "Bicycle",
-    "DontCare": None,
-}
+_CLASS_IDS = {"Person": 1, "Car": 2, "OtherVehicle": 2, "Bicycle": 3, "DontCare": None}
 # A sequence of more frames goes to the training set: a split would hold little else.
 _LONG_SEQUENCE = 100
 
@@ -63,7 +63,7 @@ def sequence_of(file_name: str) -> str:
     return "_".join(os.path.basename(file_name).split("_")[:4])
 
 
-def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> list[str]:
+def convert_hit_uav(root: str, half: bool = False) -> list[str]:
     """
     Write ``{root}/coco/instances_{split}.json`` and ``instances_published_{split}.json`` for each
     split; with ``half`` also the images at half size, to ``{root}/coco/half``, and
@@ -71,7 +71,6 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
 
     Args:
         root: the folder that holds ``normal_json``.
-        progress: show a progress bar on stderr.
 
     Returns:
         one line for each file that was written, and one that names the images with boxes left out.
@@ -83,8 +82,8 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
     images, boxes, num_lost = {}, collections.defaultdict(list), collections.Counter()
     for split in HIT_UAV_SPLITS:
         json_file = os.path.join(root, hit_uav_annotation_file(split))
-        content = _read(json_file)
-        class_of = {c["id"]: _class_id(c["name"], json_file) for c in content["categories"]}
+        content = read_published_coco(json_file)
+        class_of = class_ids(content, json_file, "HIT-UAV", _CLASS_IDS)
         name_of = {image["id"]: image["file_name"] for image in content["images"]}
         for image in content["images"]:
             path = os.path.join(_PUBLISHED, split, image["file_name"])
@@ -95,11 +94,6 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                 )
             images[image["file_name"]] = (split, path, image["width"], image["height"])
         for a in content["annotations"]:
-            if a["image_id"] not in name_of:
-                raise UserError(
-                    f"{json_file}: annotation {a['id']} has the image_id {a['image_id']}, which no "
-                    "image has: download the file again"
-                )
             if class_of[a["category_id"]] is None or not all(x > 0 for x in a["bbox"][2:]):
                 num_lost[name_of[a["image_id"]]] += 1
             else:
@@ -109,18 +103,15 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
     lines = []
     for is_half in (False, True) if half else (False,):
         if is_half:
-            for _, path, *_ in tqdm(
-                images.values(),
-                desc="HIT-UAV, half size",
-                unit="image",
-                mininterval=1,
-                disable=not progress,
-            ):
-                _write_half(os.path.join(root, path), os.path.join(root, _half_path(path)))
+            for _, path, *_ in images_bar(images.values(), "HIT-UAV, half size"):
+                source = os.path.join(root, path)
+                make = functools.partial(_half, source)
+                write_jpeg(os.path.join(root, _half_path(path)), make, source, quality=90)
         for published, split in itertools.product((False, True), HIT_UAV_SPLITS):
             converted = _converted_split(split, is_half, published)
-            writer = CocoWriter(f"HIT-UAV {converted}", HIT_UAV_CLASSES)
-            num_images = num_objects = 0
+            writer = CocoWriter(
+                numbered_categories(HIT_UAV_CLASSES), description=f"HIT-UAV {converted}"
+            )
             for name, (published_split, path, width, height) in sorted(images.items()):
                 if split != (published_split if published else by_sequence[name]):
                     continue
@@ -130,44 +121,12 @@ def convert_hit_uav(root: str, half: bool = False, progress: bool = True) -> lis
                 for class_id, box in boxes[name]:
                     box = [x / 2 for x in box] if is_half else box
                     writer.add_object(image_id, class_id, box)
-                num_images += 1
-                num_objects += len(boxes[name])
-            json_file = converted_json(root, converted)
-            writer.write(json_file)
-            lines.append(
-                f"{json_file}: {count(num_images, 'image', 'images')}, "
-                f"{count(num_objects, 'object', 'objects')}"
-            )
+            lines.append(writer.write(converted_json(root, converted), CANNOT_WRITE))
     left_out = f"left out: {count(num_lost.total(), 'box', 'boxes')} of DontCare or of no size"
     if num_lost:
         left_out += f", on {count(len(num_lost), 'image', 'images')}: {listed(sorted(num_lost))}"
     lines.append(left_out)
     return lines
-
-
-def _read(json_file: str) -> dict:
-    content = read_annotation_json(json_file)
-    published = isinstance(content, dict) and isinstance(content.get("images"), list)
-    if published:
-        content["annotations"] = content.pop("annotation", content.get("annotations"))
-        for entry in content["images"]:
-            if isinstance(entry, dict) and "filename" in entry:
-                entry["file_name"] = entry.pop("filename")
-        if isinstance(content["annotations"], list):
-            for annotation in content["annotations"]:
-                if isinstance(annotation, dict):  # the box once more
-                    annotation.pop("segmentation", None)
-    check_structure(content, json_file)
-    return content
-
-
-def _class_id(name: str, json_file: str) -> int | None:
-    if name not in _CLASS_OF:
-        raise UserError(
-            f"{json_file}: has the class {name}, not those of HIT-UAV ({listed(_CLASS_OF)}): is it "
-            "the right file?"
-        )
-    return HIT_UAV_CLASSES.index(_CLASS_OF[name]) + 1 if _CLASS_OF[name] else None
 
 
 def _split_by_sequence(file_names) -> dict[str, str]:
@@ -186,26 +145,22 @@ def _half_path(path: str) -> str:
     return os.path.join("coco", "half", os.path.basename(path))
 
 
-def _write_half(source: str, target: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with Image.open(source) as image, atomic_write(target, "wb") as f:
-            image.convert("L").reduce(2).save(f, "JPEG", quality=90)
-    except (OSError, SyntaxError) as e:
-        raise UserError(f"{source}: cannot be written at half size to {target} ({e})") from e
+def _half(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("L").reduce(2)
 
 
 def _converted_split(split: str, half: bool, published: bool) -> str:
     return f"{'half_' if half else ''}{'published_' if published else ''}{split}"
 
 
-for _half, _published, _split in itertools.product((False, True), (False, True), HIT_UAV_SPLITS):
+for _is_half, _published, _split in itertools.product((False, True), (False, True), HIT_UAV_SPLITS):
     register_public(
-        f"hit_uav_{_converted_split(_split, _half, _published)}",
+        f"hit_uav_{_converted_split(_split, _is_half, _published)}",
         folder=_FOLDER,
-        split=_converted_split(_split, _half, _published),
+        split=_converted_split(_split, _is_half, _published),
         classes=HIT_UAV_CLASSES,
         rules=EvaluationRules(),
         source="normal_json from https://github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset",
-        command="hituav --half" if _half else "hituav",
+        command="hituav --half" if _is_half else "hituav",
     )

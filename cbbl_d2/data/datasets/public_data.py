@@ -7,9 +7,9 @@ What was downloaded stays as it is; the converters add ``coco/instances_{split}.
 ``file_name`` entries start at the folder of the data set.
 """
 
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from cbbl_d2.data.coco_format import CocoLoader, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
@@ -19,16 +19,23 @@ from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from PIL import Image
+from tqdm import tqdm
 
 __all__ = [
-    "CocoWriter",
+    "CANNOT_WRITE",
+    "class_ids",
     "converted_json",
     "dataset_folder",
     "first_existing",
+    "images_bar",
     "read_published_coco",
     "register_public",
+    "write_jpeg",
 ]
 
+# For the message that a converter cannot write a file.
+CANNOT_WRITE = "make room, or choose a --root you may write to"
 
 # -- registration ----------------------------------------------------------------------------------
 
@@ -110,112 +117,104 @@ class _Loader(CocoLoader):
 # -- conversion ------------------------------------------------------------------------------------
 
 
-class CocoWriter:
-    """Collects images and boxes, with ids that start at 1: pycocotools takes 0 for "no match"."""
-
-    def __init__(self, description: str, classes: Sequence[str]):
-        """
-        Args:
-            classes: get the category ids 1, 2, ...
-        """
-        self._classes = list(classes)
-        self._content = {
-            "info": {"description": description},
-            "licenses": [],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
-            "images": [],
-            "annotations": [],
-        }
-
-    def add_image(self, file_name: str, width: int, height: int, **fields) -> int:
-        """
-        Args:
-            file_name: starts at the folder of the data set.
-            fields: more of its entry.
-
-        Returns:
-            its id.
-        """
-        images = self._content["images"]
-        images.append(
-            {
-                "id": len(images) + 1,
-                # The same file on every system.
-                "file_name": file_name.replace(os.sep, "/"),
-                "width": width,
-                "height": height,
-                **fields,
-            }
-        )
-        return len(images)
-
-    def add_object(
-        self, image_id: int, category_id: int, box: Sequence[float], ignore: bool = False
-    ) -> None:
-        """
-        Args:
-            box: x, y, width, height in pixels.
-            ignore: not an object, and a detection of this class that lies in the box counts neither
-                for nor against: ``"iscrowd": 1``. Detectron2 leaves such boxes out of training.
-        """
-        annotations = self._content["annotations"]
-        annotations.append(
-            {
-                "id": len(annotations) + 1,
-                "image_id": image_id,
-                "category_id": category_id,
-                "bbox": list(box),
-                "area": box[2] * box[3],
-                "iscrowd": int(ignore),
-            }
-        )
-
-    def add_ignored(self, image_id: int, box: Sequence[float]) -> None:
-        """A box to ignore for every class: COCO's metric looks at one class at a time."""
-        for category_id in range(1, len(self._classes) + 1):
-            self.add_object(image_id, category_id, box, ignore=True)
-
-    def write(self, json_file: str) -> None:
-        """
-        Write the file whole or not at all; its folder is made.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        try:
-            os.makedirs(os.path.dirname(json_file), exist_ok=True)
-            with atomic_write(json_file) as f:
-                json.dump(self._content, f)
-        except OSError as e:
-            raise UserError(
-                f"{json_file}: cannot be written ({e.strerror or e}): make room, or choose a "
-                "--root you may write to"
-            ) from e
-
-
-def read_published_coco(json_file: str, ignore_flags: Iterable[str]) -> dict:
+def images_bar(images: Collection, what: str) -> tqdm:
     """
-    Read an annotation file in COCO format that marks boxes to ignore by fields of its own.
+    The images, with a progress bar on stderr.
 
     Args:
-        ignore_flags: names of these fields, for example "ignore".
+        what: is converted.
+    """
+    return tqdm(images, desc=what, unit="image", mininterval=1)
+
+
+def read_published_coco(json_file: str, ignore_flags: Iterable[str] = ()) -> dict:
+    """
+    Read an annotation file in COCO format that has fields of its own.
+
+    Args:
+        ignore_flags: names of the fields that mark boxes to ignore, for example "ignore".
 
     Returns:
         The content, checked, where a box with one of the flags set has ``"iscrowd": 1`` and any
         other 0, the flags are gone, and segmentations, which here are the boxes again, are, too.
+        HIT-UAV's keys "annotation" and "filename" have become COCO's.
 
     Raises:
-        UserError: the file cannot be read or is malformed; names file and entry.
+        UserError: the file cannot be read or is malformed, or an annotation is of no image; names
+            file and entry.
     """
     content = read_annotation_json(json_file)
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if isinstance(annotations, list) and all(isinstance(a, dict) for a in annotations):
-        for annotation in annotations:
+    if isinstance(content, dict):
+        if "annotation" in content:
+            content["annotations"] = content.pop("annotation")
+        for image in _objects(content.get("images")):
+            if "filename" in image:
+                image["file_name"] = image.pop("filename")
+        for annotation in _objects(content.get("annotations")):
             flags = [annotation.pop(flag, None) for flag in ignore_flags]
             annotation["iscrowd"] = int(any(flags) or bool(annotation.get("iscrowd", 0)))
             annotation.pop("segmentation", None)
     check_structure(content, json_file)
+    ids = {image["id"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in ids:
+            raise UserError(
+                f"{json_file}: annotation {annotation['id']} has the image_id "
+                f"{annotation['image_id']}, which no image has: download the file again"
+            )
     return content
+
+
+def _objects(value: Any) -> list[dict]:
+    """Those of a list from a file that may hold anything."""
+    return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
+
+
+def class_ids(
+    content: dict, json_file: str, data_set: str, known: Mapping[str, int | None]
+) -> dict[int, int | None]:
+    """
+    Args:
+        content: from :func:`read_published_coco`.
+        data_set: its name, for the message.
+        known: name of a published class -> id of the class here; None: its boxes are left out.
+
+    Returns:
+        published id -> id here.
+
+    Raises:
+        UserError: the file has another class.
+    """
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    unknown = sorted(set(names.values()) - known.keys())
+    if unknown:
+        raise UserError(
+            f"{json_file}: has the class{'es' if len(unknown) > 1 else ''} {listed(unknown, 8)}, "
+            f"not those of {data_set} ({listed(known, 8)}): is it the right file?"
+        )
+    return {id: known[name] for id, name in names.items()}
+
+
+def write_jpeg(path: str, make: Callable[[], Image.Image], source: str, **options) -> None:
+    """
+    Write an image that is made from another one; its folder is made.
+
+    Args:
+        make: reads the other one.
+        source: its path, for the message.
+        options: of Pillow's JPEG. By default it compresses little: tiny objects suffer first from
+            a second compression.
+
+    Raises:
+        UserError: it cannot be written, or the other one is damaged.
+    """
+    try:
+        image = make()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path, "wb") as f:
+            image.save(f, "JPEG", **(options or {"quality": 95, "subsampling": 0}))
+    except (OSError, SyntaxError) as e:
+        raise UserError(f"{source}: cannot be converted to {path} ({e})") from e
 
 
 def first_existing(root: str, candidates: Sequence[str], what: str) -> str:

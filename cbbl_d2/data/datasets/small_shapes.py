@@ -22,13 +22,13 @@ so different data never mix, and data of an older version stay as they are.
 """
 
 import dataclasses
-import json
 import logging
 import os
 
 import numpy as np
 from cbbl_d2.data.broken_images import missing_images
 from cbbl_d2.data.coco_format import CocoLoader
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
 from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
 from cbbl_d2.errors import UserError
@@ -179,62 +179,35 @@ def _json_file(folder: str, split: str) -> str:
 
 def _write_all(folder: str, spec: SmallShapesSpec, progress: bool) -> None:
     total = sum(spec.num_images(split) for split in SPLITS)
-    os.makedirs(os.path.join(folder, "annotations"))
     with tqdm(
         total=total, desc="SmallShapes", unit="image", mininterval=1, disable=not progress
     ) as bar:
         for split in SPLITS:
             os.makedirs(os.path.join(folder, split))
-            coco = _empty_coco(spec, split)
+            writer = CocoWriter(
+                _categories(),
+                description=f"SmallShapes {split}, synthetic",
+                version=spec.fingerprint,
+                spec=dataclasses.asdict(spec),
+            )
             for index in range(spec.num_images(split)):
                 image, shapes = draw_image(spec, split, index)
                 name = f"{index:06d}.png"
                 # Light compression: noise hardly compresses, and the default takes twice as long.
                 Image.fromarray(image).save(os.path.join(folder, split, name), compress_level=1)
-                _append_image(coco, index, name, spec.image_size, shapes)
+                image_id = writer.add_image(name, spec.image_size, spec.image_size)
+                for shape in shapes:
+                    category_id = CLASS_NAMES.index(shape.class_name) + 1
+                    writer.add_annotation(image_id, category_id, iscrowd=0, **_coordinates(shape))
                 bar.update()
-            with open(_json_file(folder, split), "w") as f:
-                json.dump(coco, f)
+            writer.write(_json_file(folder, split))
 
 
-def _empty_coco(spec: SmallShapesSpec, split: str) -> dict:
-    return {
-        "info": {
-            "description": f"SmallShapes {split}, synthetic",
-            "version": spec.fingerprint,
-            "spec": dataclasses.asdict(spec),
-        },
-        "licenses": [],
-        "categories": [
-            {
-                "id": i + 1,
-                "name": name,
-                "supercategory": "shape",
-                "keypoints": list(KEYPOINT_NAMES),
-                # Numbers of the points, starting at 1.
-                "skeleton": [[KEYPOINT_NAMES.index(x) + 1 for x in pair] for pair in _SKELETON],
-            }
-            for i, name in enumerate(CLASS_NAMES)
-        ],
-        "images": [],
-        "annotations": [],
-    }
-
-
-def _append_image(coco: dict, index: int, file_name: str, size: int, shapes: list[Shape]) -> None:
-    # COCO ids start at 1: pycocotools takes the annotation id 0 for "no match".
-    image_id = index + 1
-    coco["images"].append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-    for shape in shapes:
-        coco["annotations"].append(
-            {
-                "id": len(coco["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": CLASS_NAMES.index(shape.class_name) + 1,
-                "iscrowd": 0,
-                **_coordinates(shape),
-            }
-        )
+def _categories() -> list[dict]:
+    # Numbers of the points, starting at 1.
+    skeleton = [[KEYPOINT_NAMES.index(x) + 1 for x in pair] for pair in _SKELETON]
+    shape = {"supercategory": "shape", "keypoints": list(KEYPOINT_NAMES), "skeleton": skeleton}
+    return [{**category, **shape} for category in numbered_categories(CLASS_NAMES)]
 
 
 def _coordinates(shape: Shape) -> dict:

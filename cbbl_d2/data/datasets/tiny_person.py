@@ -20,26 +20,29 @@ these tiny1 up to 8, tiny2 up to 12, tiny3 up to 20) and small (20 to 32). Size:
 box's area.
 """
 
+import functools
 import os
 
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.data.datasets.public_data import (
-    CocoWriter,
+    CANNOT_WRITE,
+    class_ids,
     converted_json,
     first_existing,
+    images_bar,
     read_published_coco,
     register_public,
+    write_jpeg,
 )
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules, SizeMetric
-from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
 from PIL import Image
-from tqdm import tqdm
 
 __all__ = ["TINY_PERSON_CLASSES", "TINY_PERSON_FILES", "convert_tiny_person"]
 
 TINY_PERSON_CLASSES = ("person",)
-_PUBLISHED_CLASSES = {"sea_person", "earth_person", "person"}
+_PUBLISHED_CLASSES = {"sea_person": 1, "earth_person": 1, "person": 1}
 _IGNORE_FLAGS = ("ignore", "uncertain", "logo")
 _FOLDER = "tiny_set"
 
@@ -80,7 +83,6 @@ def convert_tiny_person(
     split: str,
     annotations: str | None = None,
     images: str | None = None,
-    progress: bool = True,
 ) -> str:
     """
     Write ``{root}/coco/instances_{split}.json``, and the tiles, where the annotation file has them,
@@ -90,7 +92,6 @@ def convert_tiny_person(
         root: the folder ``tiny_set`` of the published archive.
         split: "train" or "test".
         annotations, images: another annotation file and image folder, relative to ``root``.
-        progress: show a progress bar on stderr.
 
     Returns:
         one line that says what was converted.
@@ -104,36 +105,20 @@ def convert_tiny_person(
     )
     image_folder = images or image_folder
     content = read_published_coco(json_file, _IGNORE_FLAGS)
-    names = {category["name"] for category in content["categories"]}
-    if not names <= _PUBLISHED_CLASSES:
-        raise UserError(
-            f"{json_file}: has the classes {', '.join(sorted(names))}, not those of TinyPerson "
-            "(sea_person, earth_person): is it the right file?"
-        )
+    class_ids(content, json_file, "TinyPerson", _PUBLISHED_CLASSES)
     boxes_of = {image["id"]: [] for image in content["images"]}
     num_lost = 0
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in boxes_of:
-            raise UserError(
-                f"{json_file}: annotation {annotation['id']} has the image_id "
-                f"{annotation['image_id']}, which no image has: download the file again"
-            )
         if min(annotation["bbox"][2:]) <= 0:
             num_lost += 1
         else:
             boxes_of[annotation["image_id"]].append(annotation)
 
-    writer = CocoWriter(f"TinyPerson {split}", TINY_PERSON_CLASSES)
-    num_images = num_objects = num_ignored = num_dense = 0
-    opened = _Opened()
+    title = f"TinyPerson {split}"
+    writer = CocoWriter(numbered_categories(TINY_PERSON_CLASSES), description=title)
+    num_dense = 0
     # Tiles of one image one after the other: it is read once.
-    for image in tqdm(
-        sorted(content["images"], key=lambda image: image["file_name"]),
-        desc=f"TinyPerson {split}",
-        unit="image",
-        mininterval=1,
-        disable=not progress,
-    ):
+    for image in images_bar(sorted(content["images"], key=lambda x: x["file_name"]), title):
         boxes = boxes_of[image["id"]]
         if any(a.get("in_dense_image") for a in boxes):
             num_dense += 1
@@ -147,20 +132,16 @@ def convert_tiny_person(
         if "corner" in image:
             corner = _check_corner(image, json_file)
             tile = os.path.join("coco", f"tiles_{split}", _tile_name(image["file_name"], corner))
-            opened.write_tile(os.path.join(root, file_name), corner, os.path.join(root, tile))
+            source = os.path.join(root, file_name)
+            make = functools.partial(_cut_out, source, corner)
+            write_jpeg(os.path.join(root, tile), make, source)
             file_name = tile
         image_id = writer.add_image(file_name, image["width"], image["height"])
         for a in boxes:
             writer.add_object(image_id, 1, a["bbox"], ignore=bool(a["iscrowd"]))
-        num_images += 1
-        num_ignored += sum(a["iscrowd"] for a in boxes)
-        num_objects += sum(not a["iscrowd"] for a in boxes)
-    converted = converted_json(root, split)
-    writer.write(converted)
+    written = writer.write(converted_json(root, split), CANNOT_WRITE)
     return (
-        f"{converted}: {count(num_images, 'image', 'images')}, "
-        f"{count(num_objects, 'object', 'objects')}; ignored: "
-        f"{count(num_ignored, 'box', 'boxes')}; left out: "
+        f"{written}; ignored: {count(writer.num_ignored, 'box', 'boxes')}; left out: "
         f"{count(num_dense, 'dense image', 'dense images')} and "
         f"{count(num_lost, 'box', 'boxes')} of no size"
     )
@@ -187,30 +168,20 @@ def _tile_name(file_name: str, corner: tuple[int, int, int, int]) -> str:
     return f"{stem}_{corner[0]}_{corner[1]}.jpg"
 
 
-class _Opened:
-    """The image that was read last."""
+@functools.lru_cache(maxsize=1)
+def _read(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
-    def __init__(self):
-        self._path, self._image = None, None
 
-    def write_tile(self, path: str, corner: tuple[int, int, int, int], tile: str) -> None:
-        try:
-            if path != self._path:
-                with Image.open(path) as image:
-                    self._image = image.convert("RGB")
-                self._path = path
-            width, height = self._image.size
-            if corner[2] > width or corner[3] > height:
-                raise UserError(
-                    f"{path}: is {width}x{height} pixels, but a tile reaches to "
-                    f"{corner[2]}x{corner[3]}: unpack the archive again"
-                )
-            os.makedirs(os.path.dirname(tile), exist_ok=True)
-            with atomic_write(tile, "wb") as f:
-                # Tiny objects suffer first from a second compression.
-                self._image.crop(corner).save(f, "JPEG", quality=95, subsampling=0)
-        except (OSError, SyntaxError) as e:
-            raise UserError(f"{path}: cannot be cut into tiles at {tile} ({e})") from e
+def _cut_out(path: str, corner: tuple[int, int, int, int]) -> Image.Image:
+    width, height = _read(path).size
+    if corner[2] > width or corner[3] > height:
+        raise UserError(
+            f"{path}: is {width}x{height} pixels, but a tile reaches to {corner[2]}x{corner[3]}: "
+            "unpack the archive again"
+        )
+    return _read(path).crop(corner)
 
 
 for _split in TINY_PERSON_FILES:

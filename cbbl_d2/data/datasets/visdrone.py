@@ -32,18 +32,19 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.data.datasets.public_data import (
-    CocoWriter,
+    CANNOT_WRITE,
     converted_json,
+    images_bar,
     register_public,
+    write_jpeg,
 )
 from cbbl_d2.data.ignored_regions import covered_share, erase_regions
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
-from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import count, short
 from PIL import Image
-from tqdm import tqdm
 
 __all__ = ["VISDRONE_CLASSES", "VISDRONE_FOLDERS", "convert_visdrone", "read_visdrone_boxes"]
 
@@ -128,9 +129,7 @@ def _parse(lines: Iterator[str], path: str) -> Iterator[VisDroneBox]:
         yield VisDroneBox((x, y, width, height), score, category)
 
 
-def convert_visdrone(
-    root: str, split: str, erase_ignored: bool = False, progress: bool = True
-) -> str:
+def convert_visdrone(root: str, split: str, erase_ignored: bool = False) -> str:
     """
     Write ``{root}/coco/instances_{split}.json``.
 
@@ -140,7 +139,6 @@ def convert_visdrone(
         erase_ignored: use copies of the images, in ``images_erased`` beside ``images``, on which
             the ignored regions are filled with their mean color. For training alone: the numbers
             of an evaluation on them would not be comparable.
-        progress: show a progress bar on stderr.
 
     Returns:
         one line that says what was converted.
@@ -149,16 +147,13 @@ def convert_visdrone(
         UserError: files are missing, malformed or cannot be written.
     """
     folder = os.path.join(root, VISDRONE_FOLDERS[split])
-    writer = CocoWriter(f"VisDrone-DET {split}", VISDRONE_CLASSES)
-    counts = dict.fromkeys(("objects", "ignored", "regions", "empty", "erased"), 0)
-    names = _image_names(folder)
-    for name in tqdm(
-        names, desc=f"VisDrone {split}", unit="image", mininterval=1, disable=not progress
-    ):
+    writer = CocoWriter(numbered_categories(VISDRONE_CLASSES), description=f"VisDrone-DET {split}")
+    num_ignored = num_regions = num_empty = num_erased = 0
+    for name in images_bar(_image_names(folder), f"VisDrone {split}"):
         image_file = os.path.join(folder, "images", f"{name}.jpg")
         boxes = read_visdrone_boxes(os.path.join(folder, "annotations", f"{name}.txt"))
         width, height = _image_size(image_file)
-        counts["empty"] += sum(b.is_empty for b in boxes)
+        num_empty += sum(b.is_empty for b in boxes)
         boxes = [b for b in boxes if not b.is_empty]
         regions = [b.box for b in boxes if b.category == _IGNORED_REGION]
         others = [b.box for b in boxes if b.category == _OTHERS]
@@ -169,7 +164,7 @@ def convert_visdrone(
         if erase_ignored and regions:
             keep = [b.box for b, use in zip(labeled, is_object) if use]
             image_file = _write_erased(image_file, regions, keep)
-            counts["erased"] += 1
+            num_erased += 1
         image_id = writer.add_image(
             os.path.relpath(image_file, root), width, height, ignored_regions=regions
         )
@@ -177,21 +172,16 @@ def convert_visdrone(
             writer.add_object(image_id, b.category, b.box, ignore=not use)
         for box in (*regions, *others):
             writer.add_ignored(image_id, box)
-        counts["objects"] += sum(is_object)
-        counts["ignored"] += len(labeled) - sum(is_object) + len(others)
-        counts["regions"] += len(regions)
-    json_file = converted_json(root, split)
-    writer.write(json_file)
+        num_ignored += len(labeled) - sum(is_object) + len(others)
+        num_regions += len(regions)
     message = (
-        f"{json_file}: {count(len(names), 'image', 'images')}, "
-        f"{count(counts['objects'], 'object', 'objects')}; ignored: "
-        f"{count(counts['regions'], 'region', 'regions')} and "
-        f"{count(counts['ignored'], 'box', 'boxes')}"
+        f"{writer.write(converted_json(root, split), CANNOT_WRITE)}; ignored: "
+        f"{count(num_regions, 'region', 'regions')} and {count(num_ignored, 'box', 'boxes')}"
     )
-    if counts["empty"]:
-        message += f"; left out: {count(counts['empty'], 'box', 'boxes')} of no size"
-    if counts["erased"]:
-        message += f"; regions erased on copies of {count(counts['erased'], 'image', 'images')}"
+    if num_empty:
+        message += f"; left out: {count(num_empty, 'box', 'boxes')} of no size"
+    if num_erased:
+        message += f"; regions erased on copies of {count(num_erased, 'image', 'images')}"
     return message
 
 
@@ -227,16 +217,13 @@ def _image_size(path: str) -> tuple[int, int]:
 def _write_erased(image_file: str, regions: list[tuple], keep: list[tuple]) -> str:
     folder, name = os.path.split(image_file)
     erased_file = os.path.join(os.path.dirname(folder), "images_erased", name)
-    try:
+
+    def make() -> Image.Image:
         with Image.open(image_file) as image:
             pixels = np.asarray(image.convert("RGB"))
-        os.makedirs(os.path.dirname(erased_file), exist_ok=True)
-        with atomic_write(erased_file, "wb") as f:
-            # Small objects suffer first from a second compression.
-            erased = Image.fromarray(erase_regions(pixels, regions, keep))
-            erased.save(f, "JPEG", quality=95, subsampling=0)
-    except (OSError, SyntaxError) as e:
-        raise UserError(f"{image_file}: cannot be copied to {erased_file} ({e})") from e
+        return Image.fromarray(erase_regions(pixels, regions, keep))
+
+    write_jpeg(erased_file, make, image_file)
     return erased_file
 
 

@@ -63,7 +63,7 @@ def write(root, name, content):
 
 
 def convert(root, split, version=1, name=None, **kwargs):
-    convert_ai_tod(str(root), split, version, progress=False, **kwargs)
+    convert_ai_tod(str(root), split, version, **kwargs)
     name = name or (split if version == 1 else f"v2_{split}")
     return json.loads((root / "coco" / f"instances_{name}.json").read_text())
 
@@ -136,21 +136,21 @@ def test_what_is_wrong_is_named(root, content, error_of, change, words):
     content = copy.deepcopy(content)
     change(content)
     write(root, "aitod_test_v1.json", content)
-    message = error_of(convert_ai_tod, str(root), "test", 1, None, None, False)
+    message = error_of(convert_ai_tod, str(root), "test", 1, None, None)
     assert words in message and str(root) in message
     assert not (root / "coco").exists()
 
 
 def test_broken_json_names_the_line(root, error_of):
     (root / "annotations" / "aitod_test_v1.json").write_text('{"images": [],\n "annotations": [}')
-    message = error_of(convert_ai_tod, str(root), "test", 1, None, None, False)
+    message = error_of(convert_ai_tod, str(root), "test", 1, None, None)
     assert "aitod_test_v1.json: not valid JSON at line 2" in message
 
 
 def test_missing_data_say_what_to_do(root, error_of):
     message = error_of(DatasetCatalog.get, "aitod_v2_trainval")
     assert "tools/convert_dataset.py aitod --split trainval --version 2" in message
-    message = error_of(convert_ai_tod, str(root), "val", 2, None, None, False)
+    message = error_of(convert_ai_tod, str(root), "val", 2, None, None)
     assert "aitodv2_val.json" in message
 
 

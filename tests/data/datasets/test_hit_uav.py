@@ -102,7 +102,7 @@ def write(root, content):
 
 def convert(root, half=False):
     """The lines of the converter, and the content of the files by the part of their name."""
-    lines = convert_hit_uav(str(root), half, progress=False)
+    lines = convert_hit_uav(str(root), half)
     files = {p.stem.removeprefix("instances_"): p for p in (root / "coco").glob("*.json")}
     return lines, {name: json.loads(path.read_text()) for name, path in files.items()}
 
@@ -278,7 +278,7 @@ def repeat_image(content):
             lambda c: c["test"]["annotation"][-1].update(category_id=77),
             "annotation 9 has the category_id 77",
         ),
-        (lambda c: c["val"].pop("annotation"), 'val.json: "annotations" must be a list'),
+        (lambda c: c["val"].pop("annotation"), 'not a COCO file: it has no "annotations"'),
         (lambda c: c["val"].update(annotation=5), 'val.json: "annotations" must be a list'),
         (lambda c: c["val"].update(images={}), 'val.json: "images" must be a list'),
         (lambda c: c["train"]["images"][0].pop("width"), "train.json: image 0"),
@@ -288,7 +288,7 @@ def repeat_image(content):
 def test_what_is_wrong_is_named(root, content, error_of, change, words):
     change(content)
     write(root, content)
-    message = error_of(convert_hit_uav, str(root), True, False)
+    message = error_of(convert_hit_uav, str(root), True)
     assert words in message and message.startswith(str(root))
     assert not (root / "coco").exists()
 
@@ -297,8 +297,8 @@ def test_a_damaged_image_is_named(root, content, error_of):
     write(root, content)
     path = root / "normal_json" / "test" / "0_120_50_0_00006.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    message = error_of(convert_hit_uav, str(root), True, False)
-    assert message.startswith(f"{path}: cannot be written at half size")
+    message = error_of(convert_hit_uav, str(root), True)
+    assert message.startswith(f"{path}: cannot be converted to")
     coco = root / "coco"
     assert not (coco / "half" / path.name).exists() and not list(coco.glob("*half*.json"))
     assert not list(coco.rglob(".*"))  # nothing unfinished
@@ -307,6 +307,6 @@ def test_a_damaged_image_is_named(root, content, error_of):
 def test_a_missing_image_is_named(root, content, error_of):
     write(root, content)
     (root / "normal_json" / "test" / "1_80_90_0_00008.jpg").unlink()
-    message = error_of(convert_hit_uav, str(root), False, False)
+    message = error_of(convert_hit_uav, str(root))
     assert "1_80_90_0_00008.jpg is not at normal_json/test/" in message
     assert not (root / "coco").exists()

@@ -90,7 +90,7 @@ def test_content():
 
 
 def convert(root, split, **kwargs):
-    line = convert_tiny_person(str(root), split, progress=False, **kwargs)
+    line = convert_tiny_person(str(root), split, **kwargs)
     return json.loads((root / "coco" / f"instances_{split}.json").read_text()), line
 
 
@@ -182,13 +182,13 @@ def test_what_is_wrong_is_named(root, test_content, error_of, change, words):
     content = copy.deepcopy(test_content)
     change(content)
     write(root, TEST_FILE, content)
-    message = error_of(convert_tiny_person, str(root), "test", None, None, False)
+    message = error_of(convert_tiny_person, str(root), "test", None, None)
     assert words in message and str(root) in message
     assert not (root / "coco" / "instances_test.json").exists()
 
 
 def test_no_annotations_say_where_they_should_be(root, error_of):
-    message = error_of(convert_tiny_person, str(root), "test", None, None, False)
+    message = error_of(convert_tiny_person, str(root), "test", None, None)
     assert TEST_FILE in message
     message = error_of(DatasetCatalog.get, "tiny_person_test")
     assert "tools/convert_dataset.py tinyperson --split test" in message

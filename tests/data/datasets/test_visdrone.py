@@ -53,7 +53,7 @@ def root(tmp_path, monkeypatch):
 
 
 def convert(root, split="train", **kwargs):
-    convert_visdrone(str(root), split, progress=False, **kwargs)
+    convert_visdrone(str(root), split, **kwargs)
     return json.loads((root / "coco" / f"instances_{split}.json").read_text())
 
 
@@ -119,7 +119,7 @@ def test_training_sees_objects_alone(root):
 
 
 def test_the_summary_counts(root):
-    line = convert_visdrone(str(root), "train", progress=False)
+    line = convert_visdrone(str(root), "train")
     assert "2 images, 4 objects" in line
     assert "1 region and 5 boxes" in line and "1 box of no size" in line
 
@@ -150,7 +150,7 @@ def test_erased_copies(root):
 def test_a_malformed_line_is_named(root, error_of, line, problem):
     path = root / "VisDrone2019-DET-train" / "annotations" / "0000002_a.txt"
     path.write_bytes(b"7,7,10,10,1,9,0,0\n" + line.encode("latin-1") + b"\n")
-    message = error_of(convert_visdrone, str(root), "train", False, False)
+    message = error_of(convert_visdrone, str(root), "train")
     assert f"{path}, line 2" in message and problem in message
     assert not (root / "coco").exists()
 
@@ -165,20 +165,20 @@ def test_an_empty_file_has_no_boxes_and_windows_files_are_read(tmp_path):
 def test_missing_files_are_named(root, error_of):
     train = root / "VisDrone2019-DET-train"
     os.remove(train / "annotations" / "0000002_a.txt")
-    message = error_of(convert_visdrone, str(root), "train", False, False)
+    message = error_of(convert_visdrone, str(root), "train")
     assert "1 of the images have no file of their name in annotations" in message
     assert "0000002_a" in message
     os.rename(train / "images" / "0000002_a.jpg", train / "annotations" / "0000002_a.txt")
-    message = error_of(convert_visdrone, str(root), "train", False, False)
+    message = error_of(convert_visdrone, str(root), "train")
     assert "1 of the annotations have no file of their name in images" in message
-    message = error_of(convert_visdrone, str(root), "test_dev", False, False)
+    message = error_of(convert_visdrone, str(root), "test_dev")
     assert "VisDrone2019-DET-test-dev" in message and "no such folder" in message
 
 
 def test_a_broken_image_is_named(root, error_of):
     path = root / "VisDrone2019-DET-train" / "images" / "0000002_a.jpg"
     path.write_text("<html>")
-    assert str(path) in error_of(convert_visdrone, str(root), "train", False, False)
+    assert str(path) in error_of(convert_visdrone, str(root), "train")
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test_dev"])
