@@ -6,22 +6,27 @@ names the file (:class:`NameBrokenImage`): without the image its objects would c
 without its objects the result would be that of another data set.
 """
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from cbbl_d2.errors import UserError
+from cbbl_d2.messages import count, listed
 from detectron2.data import detection_utils
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 __all__ = [
+    "TO_8_BITS",
     "BROKEN_IMAGE_ERRORS",
     "NameBrokenImage",
     "SkipBrokenImages",
     "check_depth",
-    "is_too_deep",
+    "check_some_exist",
+    "large_images",
+    "misread",
     "missing_images",
     "why_broken",
 ]
@@ -44,6 +49,11 @@ _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 _MAX_CONSECUTIVE_FAILURES = 100
 
+_READ_AS = ", which Detectron2 reads as"
+TO_8_BITS = "convert the images to 8 bits, values from 0 to 255"
+# Of 255: a photograph at night has brighter pixels.
+_DARK = 16
+
 # Of a data set, to find out whether it has 16 bits: a camera or a scanner writes them all alike.
 _NUM_SAMPLES = 8
 
@@ -62,13 +72,51 @@ def missing_images(dicts: list[dict]) -> list[str]:
     return [name for name in names if not os.path.isfile(name or "")]
 
 
-def is_too_deep(image: Image.Image) -> bool:
+def misread(image: Image.Image) -> str:
     """
-    Whether an image of one channel has values over 255, which become 255 when Detectron2 reads it:
-    an image of 16 bits turns white, without an error. (Pillow reads those of three channels as 8
-    bits, in proportion.)
+    What an image has that Detectron2, for which 0 is black and 255 white in any file, would not
+    see; "" where it sees the image as it is. An image of 16 bits turns white, one of 0 to 1 black,
+    without an error. (Of three channels with 16 bits Pillow hands on the upper 8.)
+
+    Args:
+        image: opened and not read yet.
     """
-    return image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        if high > 255:
+            return f"values over 255{_READ_AS} 255, white"
+        if not low >= 0:  # or NaN
+            return f"negative values{_READ_AS} 0, black"
+        if image.mode == "F" and 0 < high < _DARK:
+            return f"no value over {1 if high <= 1 else _DARK}, where 255 is white{_READ_AS} black"
+    elif ";16" in str(image.tile):
+        high = max(band[1] for band in image.convert("RGB").getextrema())
+        if 0 < high < _DARK:  # values of 12 bits, for example
+            return f"16 bits, but no value over {256 * _DARK - 1} of 65535{_READ_AS} black"
+    return ""
+
+
+def check_some_exist(
+    missing: Sequence[str], number: int, image_root: str, annotations: str
+) -> None:
+    """
+    Args:
+        missing: see :func:`missing_images`.
+        number: of images in all.
+        annotations: what names them, for the message.
+
+    Raises:
+        UserError: all are missing.
+    """
+    if len(missing) < number:
+        return
+    raise UserError(
+        f"{image_root}: "
+        + ("no such folder" if not os.path.isdir(image_root) else "probably the wrong folder")
+        + f", none of the {number} images of {annotations} is there, for example {missing[0]}"
+        + ": correct the image folder or the file_name entries"
+        + (", with / in the place of \\" if "\\" in missing[0] and os.sep == "/" else "")
+    )
 
 
 def check_depth(dicts: list[dict]) -> None:
@@ -79,20 +127,17 @@ def check_depth(dicts: list[dict]) -> None:
         dicts: Detectron2's dataset dicts.
 
     Raises:
-        UserError: :func:`is_too_deep`.
+        UserError: :func:`misread`.
     """
     for record in dicts[:: max(1, len(dicts) // _NUM_SAMPLES)]:
         file_name = record.get("file_name")
         try:
             with Image.open(file_name) as image:
-                too_deep = is_too_deep(image)
+                reason = misread(image)
         except Exception:  # missing or broken: said elsewhere, where it matters
             continue
-        if too_deep:
-            raise UserError(
-                f"{file_name}: has values over 255, which Detectron2 would all read as 255, white: "
-                "convert the images to 8 bits"
-            )
+        if reason:
+            raise UserError(f"{file_name}: has {reason}: {TO_8_BITS}")
 
 
 class SkipBrokenImages(torch.utils.data.Dataset):
@@ -215,7 +260,12 @@ def why_broken(error: Exception, file_name: str | None) -> str:
             error = again
     # Pillow's message ends in the representation of a file object; the file is named already.
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
+        return _kind_of_tiff(file_name) or "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            f"over Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS} pixels: cut the images with "
+            "tools/slice_dataset.py, or predict with --slice"
+        )
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, detection_utils.SizeMismatchError) and _is_turned(file_name):
         reason += (
@@ -223,6 +273,37 @@ def why_broken(error: Exception, file_name: str | None) -> str:
             "the turned image, or remove the EXIF data"
         )
     return " ".join(reason.split())
+
+
+def _kind_of_tiff(file_name: str) -> str:
+    """Of a TIFF file that Pillow cannot identify: what it holds; "" for another file."""
+    try:
+        with open(file_name, "rb") as f:
+            header = f.read(8)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(
+                header + (f.read(8) if 43 in header[2:4] else b"")  # BigTIFF
+            )
+            f.seek(tags.next)
+            tags.load(f)
+    except Exception:  # no TIFF, or a damaged one
+        return ""
+    bits = listed(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)), limit=8)
+    bands = count(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1), "band", "bands")
+    return f"a TIFF of a kind that cannot be read ({bands}, bits {bits}): write RGB of 8 bits"
+
+
+@contextlib.contextmanager
+def large_images() -> Iterator[None]:
+    """
+    Read images of up to 2^30 pixels, 3 GB as RGB. Pillow refuses those over 179 million, lest a
+    small damaged file takes all memory.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = 2**29  # its error comes at twice that
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _is_turned(file_name: str) -> bool:

@@ -17,7 +17,7 @@ import os
 from typing import Any
 
 from cbbl_d2.compat import reading_parsed
-from cbbl_d2.data.broken_images import check_depth, missing_images
+from cbbl_d2.data.broken_images import check_depth, check_some_exist, missing_images
 from cbbl_d2.data.coco_validation import (
     CORNERS,
     are_corners,
@@ -26,6 +26,7 @@ from cbbl_d2.data.coco_validation import (
     count_over_the_edge,
     describe_faults,
     find_faults,
+    usable_mask,
 )
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed, short
@@ -185,19 +186,18 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
     faults = find_faults(content)
     check_boxes(content, faults, json_file)
     _check_same_classes_as_before(name, content, json_file)
-    usable = [a for a in content["annotations"] if a["id"] not in faults]
+    images = {image["id"]: image for image in content["images"]}
+    # load_coco_json leaves a box out whose segmentation it cannot use: only masks need one.
+    usable = [
+        {**a, "segmentation": usable_mask(a, images[a["image_id"]])}
+        for a in content["annotations"]
+        if a["id"] not in faults
+    ]
     with reading_parsed({**content, "annotations": usable}):
         dicts = load_coco_json(json_file, image_root, name)
 
     missing = missing_images(dicts)
-    if len(missing) == len(dicts):
-        raise UserError(
-            f"{image_root}: "
-            + ("no such folder" if not os.path.isdir(image_root) else "probably the wrong folder")
-            + f", none of the {len(dicts)} images of {json_file} is there, for example {missing[0]}"
-            + ": correct the image folder or the file_name entries"
-            + (", with / in the place of \\" if "\\" in missing[0] and os.sep == "/" else "")
-        )
+    check_some_exist(missing, len(dicts), image_root, json_file)
     check_depth(dicts)
     if are_corners(content, faults):
         logger.warning(f"{json_file}: {CORNERS}")
@@ -260,21 +260,19 @@ def _check_same_classes_as_before(name: str, content: dict, json_file: str) -> N
 def _log_counts(
     name: str, content: dict, faults: dict[int, str], dicts: list[dict], missing: list[str]
 ) -> None:
-    num_loaded = sum(len(d["annotations"]) for d in dicts)
-    # load_coco_json leaves these out by itself.
-    num_invalid = len(content["annotations"]) - len(faults) - num_loaded
+    annotations = [a for d in dicts for a in d["annotations"]]
+    num_crowds = sum(a.get("iscrowd", 0) for a in annotations)
     num_clipped = count_over_the_edge(content, faults)
 
-    message = f"{name}: {len(dicts)} images, {num_loaded} boxes"
+    message = f"{name}: {len(dicts)} images, {len(annotations) - num_crowds} boxes"
+    if num_crowds:
+        message += f" and {count(num_crowds, 'crowd', 'crowds')}"
     if faults:
         message += f"; dropped {count(len(faults), 'box', 'boxes')}: {describe_faults(faults)}"
-    if num_invalid:
-        num = count(num_invalid, "box", "boxes")
-        message += f"; {num} left out of training for an invalid segmentation"
     if missing:
         num = count(len(missing), "image file is", "image files are")
         message += f"; {num} missing and will be skipped, the first is {missing[0]}"
     if num_clipped:
         num = count(num_clipped, "box reaches", "boxes reach")
         message += f"; {num} over the edge of the image and will be clipped"
-    logger.log(logging.WARNING if faults or num_invalid or missing else logging.INFO, message)
+    logger.log(logging.WARNING if faults or missing else logging.INFO, message)

@@ -6,6 +6,7 @@ JSON, which they leave as it is.
   twice. Detectron2 or pycocotools could not work with the file.
 * Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
   Such a box would be an object that no detector can find.
+* Its masks (:func:`usable_mask`) and areas (:func:`odd_areas`), which not every detector needs.
 * All of its boxes (:func:`check_boxes`, :func:`are_corners`): they are in another unit or format.
 
 A box that is partly outside its image can be used: Detectron2 clips it in training, and COCO's
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cbbl_d2.errors import UserError
-from cbbl_d2.messages import listed, short
+from cbbl_d2.messages import count, listed, short
 
 __all__ = [
     "CORNERS",
@@ -28,8 +29,12 @@ __all__ = [
     "check_structure",
     "count_over_the_edge",
     "describe_faults",
+    "describe_odd_areas",
     "find_faults",
     "is_positive_number",
+    "odd_areas",
+    "unusable_masks",
+    "usable_mask",
 ]
 
 # Boxes that end this far outside their image are worth a word in the log, pixels. Below it are
@@ -43,6 +48,11 @@ CORNERS = (
     "the boxes look like [x0, y0, x1, y1], but in COCO's format they are [x, y, width, height]: if "
     "so, subtract x0 from x1 and y0 from y1"
 )
+# An area may differ by that from its box's, or by one square pixel: rounding.
+_AREA_TOLERANCE = 0.02
+# Of the box of an object whose area is no mask's.
+_LEAST_SHARE_OF_BOX = 0.1
+
 # Fewer boxes may look like corners by chance; so may this share of boxes over the edge.
 _MIN_CORNERS, _MIN_SHARE_OVER_THE_EDGE = 5, 0.25
 
@@ -83,10 +93,11 @@ def _problems(content: Any) -> Iterator[str]:
             yield f'"{key}" must be a list, not a {_json_type(content[key])}'
         yield from _problems_of_ids(key, content[key])
     yield from _problems_of_images(content["images"])
-    yield from _problems_of_categories(content["categories"])
+    yield from _problems_of_categories(content["categories"], content["annotations"])
     categories = {category["id"] for category in content["categories"]}
+    id_type = type(content["images"][0]["id"])
     for annotation in content["annotations"]:
-        for problem in _problems_of_annotation(annotation, categories):
+        for problem in _problems_of_annotation(annotation, categories, id_type):
             yield f"annotation {annotation['id']} has {problem}"
 
 
@@ -131,7 +142,7 @@ def _problems_of_images(images: list[dict]) -> Iterator[str]:
                 )
 
 
-def _problems_of_categories(categories: list[dict]) -> Iterator[str]:
+def _problems_of_categories(categories: list[dict], annotations: list[dict]) -> Iterator[str]:
     if not categories:
         yield 'no categories: "categories" is empty; list the classes there'
     for category in categories:
@@ -140,10 +151,20 @@ def _problems_of_categories(categories: list[dict]) -> Iterator[str]:
             yield f'category {category["id"]} has no name: add "name": "..."'
     twice = _first_duplicate(category["name"] for category in categories)
     if twice is not None:
-        yield f"two categories have the name {twice!r}: give each its own"
+        ids = [category["id"] for category in categories if category["name"] == twice]
+        used = [annotation.get("category_id") for annotation in annotations]
+        unused = [id for id in ids if id not in used]
+        # Some exports have a root category with the name of its one class.
+        cure = f"remove the one without annotations, id {listed(unused)}"
+        yield (
+            f"two categories have the name {twice!r} (ids {listed(ids)}): "
+            + (cure if 0 < len(unused) < len(ids) else "give each its own")
+        )
 
 
-def _problems_of_annotation(annotation: dict, categories: set[int]) -> Iterator[str]:
+def _problems_of_annotation(
+    annotation: dict, categories: set[int], image_id_type: type
+) -> Iterator[str]:
     for key in ("image_id", "category_id", "bbox"):
         if key not in annotation:
             yield f"no {key}: add it or remove the annotation"
@@ -156,6 +177,12 @@ def _problems_of_annotation(annotation: dict, categories: set[int]) -> Iterator[
     id = annotation["image_id"]
     if not _is_integer(id) and not isinstance(id, str):
         yield f"the image_id {short(id)}: it must be the id of an image"
+    if type(id) is not image_id_type:
+        kinds = {int: "an integer", str: "a string"}
+        yield (
+            f"the image_id {short(id)}, {kinds[type(id)]}, but the id of an image is "
+            f'{kinds[image_id_type]} in "images": use one kind'
+        )
     box = annotation["bbox"]
     if not _is_list_of_numbers(box) or len(box) != 4:
         yield f"the bbox {short(box)}: it must be four numbers, [x, y, width, height]"
@@ -166,24 +193,9 @@ def _problems_of_annotation(annotation: dict, categories: set[int]) -> Iterator[
             f'"ignore": {short(annotation["ignore"])}, which Detectron2 does not support: write '
             '"iscrowd": 1 instead, or remove the annotation'
         )
-    if not _is_segmentation(annotation.get("segmentation")):
-        yield (
-            "a malformed segmentation: it must be a list of polygons [[x, y, x, y, ...], ...] or "
-            "a run-length code with size and counts; for boxes alone, remove it"
-        )
     keypoints = annotation.get("keypoints")
     if keypoints is not None and not _is_list_of_numbers(keypoints):
         yield "malformed keypoints: they must be numbers [x, y, v, ...]; or remove them"
-
-
-def _is_segmentation(value: Any) -> bool:
-    if value in (None, {}, []):  # there is none
-        return True
-    if isinstance(value, dict):
-        size = value.get("size")
-        is_size = isinstance(size, list) and len(size) == 2 and all(map(_is_integer, size))
-        return is_size and isinstance(value.get("counts"), (str, list))
-    return isinstance(value, list) and all(map(_is_list_of_numbers, value))
 
 
 # -- boxes that cannot be used ---------------------------------------------------------------------
@@ -234,10 +246,14 @@ def check_boxes(content: dict, faults: dict[int, str], where: str) -> None:
     """
     usable = [a for a in content["annotations"] if a["id"] not in faults]
     if all(a.get("iscrowd", 0) for a in usable):
+        words = [f"of {len(faults)}: {describe_faults(faults)}"] if faults else []
+        if usable:
+            more = "more " if faults else ""
+            words.append(f"{len(usable)} {more}marked as crowds, which training leaves out")
         raise UserError(
-            f"{where}: no box that can be used"
-            + (f", of {len(faults)}: {describe_faults(faults)}" if faults else "")
-            + ": nothing to learn or to measure; is it the right file?"
+            f"{where}: {', '.join(['no box that can be used', *words])}: nothing to learn or to "
+            "measure; "
+            + ('write "iscrowd": 0 for single objects' if usable else "is it the right file?")
         )
     if all(0 <= value <= 1 for a in usable for value in a["bbox"]):
         raise UserError(
@@ -260,6 +276,76 @@ def are_corners(content: dict, faults: dict[int, str]) -> bool:
             return False
     share = sum(_is_over_the_edge(a["bbox"], image) for a, image in pairs) / len(pairs)
     return share >= _MIN_SHARE_OVER_THE_EDGE
+
+
+def usable_mask(annotation: dict, image: dict) -> list | dict | None:
+    """
+    What of a ``segmentation`` Detectron2 and pycocotools can work with: the polygons of at least
+    three points, or a run-length code of the size of the image.
+
+    Args:
+        annotation: with anything as its ``segmentation``, which may be missing.
+        image: its entry.
+
+    Returns:
+        None: the object has no mask, only a box.
+    """
+    value = annotation.get("segmentation")
+    if isinstance(value, list):
+        return [x for x in value if _is_polygon(x)] or None
+    if not isinstance(value, dict) or value.get("size") != [image["height"], image["width"]]:
+        return None
+    counts = value.get("counts")
+    if isinstance(counts, list):
+        is_code = all(_is_integer(x) and x >= 0 for x in counts)
+        return value if is_code and sum(counts) == image["height"] * image["width"] else None
+    return value if isinstance(counts, str) and counts else None
+
+
+def unusable_masks(content: dict, faults: dict[int, str]) -> list[int]:
+    """Ids of the annotations that have a segmentation, of which nothing is a mask."""
+    return [
+        a["id"]
+        for a, image in _with_images(content)
+        if a["id"] not in faults and a.get("segmentation") and usable_mask(a, image) is None
+    ]
+
+
+def odd_areas(content: dict) -> tuple[list[int], list[int]]:
+    """
+    COCO's metric sorts objects into small and large ones by the ``area`` of their annotation, which
+    converters take from the image, or in other units.
+
+    Args:
+        content: the parsed JSON; annotations without numbers as bbox and area are passed over.
+
+    Returns:
+        Ids of annotations whose area is larger than their box by more than rounding; and of those
+        without a segmentation whose area is less than a tenth of it.
+    """
+    too_large, too_small = [], []
+    for a in content.get("annotations", ()):
+        box, area = a.get("bbox"), a.get("area")
+        if not is_positive_number(area) or not _is_list_of_numbers(box) or len(box) != 4:
+            continue
+        size = box[2] * box[3]
+        if area > size + max(1, _AREA_TOLERANCE * size):
+            too_large.append(a["id"])
+        elif area < _LEAST_SHARE_OF_BOX * size and not a.get("segmentation"):
+            too_small.append(a["id"])
+    return too_large, too_small
+
+
+def describe_odd_areas(content: dict) -> list[str]:
+    """A line for each kind of :func:`odd_areas` that there is, with the cure."""
+    kinds = ("larger than their box", "under a tenth of their box, without a mask")
+    return [
+        f"{count(len(ids), 'box has', 'boxes have')} an area {kind} (annotation ids "
+        f"{listed(ids)}): AP by size (APvs, APs, APm, APl) sorts objects by it; write width x "
+        "height, or leave area out"
+        for ids, kind in zip(odd_areas(content), kinds)
+        if ids
+    ]
 
 
 def _with_images(content: dict) -> list[tuple[dict, dict | None]]:
@@ -309,6 +395,15 @@ def _is_integer(value: Any) -> bool:
 
 def _is_list_of_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_polygon(value: Any) -> bool:
+    return (
+        _is_list_of_numbers(value)
+        and len(value) >= 6
+        and len(value) % 2 == 0
+        and all(map(_is_finite, value))
+    )
 
 
 def _is_finite(value: float) -> bool:

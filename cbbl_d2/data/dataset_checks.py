@@ -5,6 +5,7 @@ a model. What a data set holds is checked where it is loaded, for a user's own i
 """
 
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -52,7 +53,27 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for name in _used_datasets(cfg, eval_only):
         dicts = _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
         _check_heads(cfg, name, dicts)
+        if name in cfg.DATASETS.TEST:
+            warn_of_many_objects(cfg, name, dicts)
     check_num_classes(cfg, eval_only)
+
+
+def warn_of_many_objects(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
+    """
+    Log a warning where an image has more objects than a detector may find.
+
+    Args:
+        cfg: ``TEST.DETECTIONS_PER_IMAGE`` is read.
+        dicts: Detectron2's dataset dicts.
+    """
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    numbers = [sum(not a.get("iscrowd", 0) for a in d.get("annotations", ())) for d in dicts]
+    above = sum(number > limit for number in numbers)
+    if limit >= 0 and above:
+        logger.warning(
+            f"data set {name}: {count(above, 'image has', 'images have')} more objects (up to "
+            f"{max(numbers)}) than TEST.DETECTIONS_PER_IMAGE {limit} lets a detector find: raise it"
+        )
 
 
 def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -120,28 +141,27 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         ConfigError: the numbers differ, the names or their order differ, or a name is unknown.
     """
     node = detection_node(cfg)
-    first = None
+    classes_of = {}
     for name in _used_datasets(cfg, eval_only):
-        metadata = MetadataCatalog.get(name)
-        if is_coco_format(name) and metadata.get("thing_classes") is None:
+        if is_coco_format(name) and MetadataCatalog.get(name).get("thing_classes") is None:
             load_dataset(name, used_again=True)  # sets them
-        classes = metadata.get("thing_classes")
-        if classes is None:  # a data set of another kind
-            continue
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None:  # None: a data set of another kind
+            classes_of[name] = list(classes)
+    for (first, classes), (name, others) in itertools.pairwise(classes_of.items()):
+        if classes != others:
+            raise ConfigError(
+                f"data sets {first} and {name} have different classes, or in another order: "
+                f"({listed(classes)}) and ({listed(others)}): give their annotation files the same "
+                "categories"
+            )
+    for name, classes in classes_of.items():
         if node is not None and cfg.MODEL[node].NUM_CLASSES != len(classes):
             key = f"MODEL.{node}.NUM_CLASSES"
             raise ConfigError(
                 f"{key} = {cfg.MODEL[node].NUM_CLASSES}, but data set {name} has "
                 f"{count(len(classes), 'class', 'classes')} ({listed(classes)}): "
                 f"set {key} {len(classes)}, or 0 to take it from the data"
-            )
-        if first is None:
-            first = (name, classes)
-        elif list(classes) != list(first[1]):
-            raise ConfigError(
-                f"data sets {first[0]} and {name} have different classes, or in another order: "
-                f"({listed(first[1])}) and ({listed(classes)}): give their annotation files the "
-                "same categories"
             )
 
 
@@ -201,22 +221,47 @@ def _used_datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
 
 def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
     """Masks and keypoints that the model is to predict have to be in the data."""
-    if not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
-        return
-    annotations = [a for record in dicts for a in record.get("annotations", ())]
+    objects = [
+        (record, a)
+        for record in dicts
+        for a in record.get("annotations", ())
+        if not a.get("iscrowd", 0)
+    ]
     for key, field in (("MASK_ON", "segmentation"), ("KEYPOINT_ON", "keypoints")):
-        if cfg.MODEL[key] and annotations and not any(field in a for a in annotations):
+        without = [record for record, a in objects if field not in a]
+        if not cfg.MODEL[key] or not without:
+            continue
+        if len(without) == len(objects) or field == "keypoints":
+            some = "its annotations" if len(without) == len(objects) else f"{len(without)} boxes"
             raise UserError(
-                f"data set {name}: its annotations have no {field}, which MODEL.{key} True needs: "
-                f"set MODEL.{key} False, or add them"
+                f"data set {name}: {some} have no {field}, which MODEL.{key} True needs: set "
+                f"MODEL.{key} False, or add them{_examples(without)}"
             )
-    if cfg.MODEL.KEYPOINT_ON and name in cfg.DATASETS.TRAIN:
+        logger.warning(
+            f"data set {name}: {len(without)} of {len(objects)} boxes have no mask and are left "
+            f"out of training and evaluation{_examples(without)}: set MODEL.MASK_ON False to use "
+            "their boxes, or add the masks"
+        )
+    coded = [record for record, a in objects if isinstance(a.get("segmentation"), dict)]
+    is_training = name in cfg.DATASETS.TRAIN
+    if cfg.MODEL.MASK_ON and is_training and coded and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise ConfigError(
+            f"data set {name}: {count(len(coded), 'mask is', 'masks are')} run-length codes"
+            f"{_examples(coded)}, which INPUT.MASK_FORMAT polygon cannot read: set "
+            "INPUT.MASK_FORMAT bitmask"
+        )
+    if cfg.MODEL.KEYPOINT_ON and is_training:
         metadata = MetadataCatalog.get(name)
         if metadata.get("keypoint_names") is None or metadata.get("keypoint_flip_map") is None:
             raise UserError(
                 f"data set {name}: lacks the names of its keypoints: set keypoint_names and "
                 f"keypoint_flip_map of MetadataCatalog.get({name!r}), as Detectron2 needs them"
             )
+
+
+def _examples(records: list[dict]) -> str:
+    ids = dict.fromkeys(record["image_id"] for record in records if "image_id" in record)
+    return f" (image ids {listed(ids)})" if ids else ""
 
 
 def _check_files(name: str, needs_all_images: bool) -> list[dict]:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
-from detectron2.data.build import _train_loader_from_config
+from detectron2.data.build import (
+    _train_loader_from_config,
+    filter_images_with_only_crowd_annotations,
+)
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
@@ -61,6 +64,21 @@ class ResumableSampler(Sampler):
         yield from indices
 
 
+def with_masks(dicts: list[dict], filter_empty: bool) -> list[dict]:
+    """
+    Leave out the objects without a mask, which Detectron2's mapper cannot take among others.
+
+    Args:
+        dicts: Detectron2's dataset dicts.
+        filter_empty: leave out images without objects, too.
+    """
+    kept = [
+        {**d, "annotations": [a for a in d.get("annotations", ()) if "segmentation" in a]}
+        for d in dicts
+    ]
+    return filter_images_with_only_crowd_annotations(kept) if filter_empty else kept
+
+
 class ResumableTrainLoader:
     """
     Iterates like the result of Detectron2's ``build_detection_train_loader``, and in addition
@@ -112,7 +130,13 @@ class ResumableTrainLoader:
     def from_config(cls, cfg, mapper=None):
         if mapper is None:
             mapper = build_train_mapper(cfg)
-        return _train_loader_from_config(cfg, mapper=mapper)
+        args = _train_loader_from_config(cfg, mapper=mapper)
+        if cfg.MODEL.MASK_ON and isinstance(args["dataset"], list):
+            masked = with_masks(args["dataset"], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            if len(masked) < len(args["dataset"]):  # the sampler needs their number
+                return _train_loader_from_config(cfg, mapper=mapper, dataset=masked)
+            args["dataset"] = masked
+        return args
 
     def __iter__(self):
         args = dict(self._args)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-from cbbl_d2.data.broken_images import is_too_deep, why_broken
+from cbbl_d2.data.broken_images import TO_8_BITS, check_some_exist, misread, why_broken
 from cbbl_d2.data.coco_format import read_coco_json
 from cbbl_d2.data.coco_validation import (
     CORNERS,
@@ -19,7 +19,9 @@ from cbbl_d2.data.coco_validation import (
     check_structure,
     count_over_the_edge,
     describe_faults,
+    describe_odd_areas,
     find_faults,
+    unusable_masks,
 )
 from cbbl_d2.data.dataset_checks import load_dataset
 from cbbl_d2.messages import count, listed
@@ -39,6 +41,8 @@ __all__ = ["DatasetReport", "check_images", "format_report", "read_dataset", "re
 _TINY = 2.0
 # Fewer boxes of a class are hardly enough to learn it from.
 _FEW_BOXES = 10
+# COCO itself has 1 % of crowds; some converters mark every object with a run-length mask as one.
+_MANY_CROWDS = 1 / 3
 _SMALL = (8, 16, 32)  # pixels
 
 
@@ -110,6 +114,8 @@ def report_on(content: dict, json_file: str, image_root: str, name: str = "") ->
         warnings=[
             *_warnings_of_format(content, faults),
             *_warnings_of_boxes(content, faults),
+            *_warnings_of_masks(content, faults),
+            *describe_odd_areas(content),
             *_warnings_of_classes(objects, categories),
             *_warnings_of_file_names(content, objects),
         ],
@@ -123,6 +129,13 @@ def _warnings_of_format(content: dict, faults: dict[int, str]) -> Iterable[str]:
         yield (
             f"{count(len(faults), 'box', 'boxes')} that cannot be used and will be left out: "
             f"{describe_faults(faults)}"
+        )
+    crowds = [a["id"] for a in content["annotations"] if a.get("iscrowd", 0)]
+    if len(crowds) > _MANY_CROWDS * len(content["annotations"]):
+        yield (
+            f"{len(crowds)} of {len(content['annotations'])} boxes are marked as crowds, which "
+            'training leaves out: if they are single objects, write "iscrowd": 0 (annotation ids '
+            f"{listed(crowds)})"
         )
     over = count_over_the_edge(content, faults)
     if over:
@@ -154,6 +167,27 @@ def _warnings_of_boxes(content: dict, faults: dict[int, str]) -> Iterable[str]:
         yield (
             f"{count(len(same_place), 'box lies', 'boxes lie')} exactly on one of another class: "
             f"which one is right? (annotation ids {listed(same_place)})"
+        )
+
+
+def _warnings_of_masks(content: dict, faults: dict[int, str]) -> Iterable[str]:
+    unusable = unusable_masks(content, faults)
+    if unusable:
+        yield (
+            f"{count(len(unusable), 'box has', 'boxes have')} a segmentation that is no mask, no "
+            "polygon of three points or more, no run-length code of the image's size: the boxes "
+            "are used, but with MODEL.MASK_ON True left out of training and evaluation "
+            f"(annotation ids {listed(unusable)})"
+        )
+    coded = [
+        a["id"]
+        for a in content["annotations"]
+        if isinstance(a.get("segmentation"), dict) and a["segmentation"] and not a.get("iscrowd", 0)
+    ]
+    if coded:
+        yield (
+            f"{count(len(coded), 'mask is', 'masks are')} run-length codes: MODEL.MASK_ON True "
+            f"needs INPUT.MASK_FORMAT bitmask (annotation ids {listed(coded)})"
         )
 
 
@@ -204,9 +238,13 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
 
     Returns:
         warnings, one line each: missing and broken images, those of another size than the
-        annotation file says, of too many bits, of the same content.
+        annotation file says, that Detectron2 would read as black or white, of several pages, of
+        the same content.
+
+    Raises:
+        UserError: all are missing.
     """
-    missing, broken, deep, files_of = [], [], [], defaultdict(list)
+    missing, broken, pages, misread_as, files_of = [], [], [], defaultdict(list), defaultdict(list)
     for image in tqdm(content["images"], desc="reading images", unit="image"):
         path = os.path.join(image_root, image["file_name"])
         if not os.path.isfile(path):
@@ -218,10 +256,12 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
             expected = {"file_name": path, "width": image["width"], "height": image["height"]}
             check_image_size(expected, read_image(path, format=image_format))
             with Image.open(path) as opened:
-                if is_too_deep(opened):
-                    deep.append(path)
+                if getattr(opened, "n_frames", 1) > 1:
+                    pages.append(path)
+                misread_as[misread(opened)].append(path)
         except Exception as e:  # a damaged file can make a decoder raise anything
             broken.append(f"{path}: {why_broken(e, path) or e}")
+    check_some_exist(missing, len(content["images"]), image_root, "the annotation file")
     warnings = []
     if missing:
         warnings.append(
@@ -234,10 +274,15 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
             f"evaluation stops: {'; '.join(broken[:5])}"
             + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
         )
-    if deep:
+    warnings += [
+        f"{count(len(paths), 'image has', 'images have')} {fault}: {TO_8_BITS}: {listed(paths)}"
+        for fault, paths in misread_as.items()
+        if fault
+    ]
+    if pages:
         warnings.append(
-            f"{count(len(deep), 'image has', 'images have')} values over 255, which Detectron2 "
-            f"would all read as 255, white: convert them to 8 bits: {listed(deep)}"
+            f"{count(len(pages), 'file has', 'files have')} several pages, of which the first is "
+            f"used: {listed(pages)}"
         )
     copies = [sorted(set(names)) for names in files_of.values() if len(set(names)) > 1]
     if copies:

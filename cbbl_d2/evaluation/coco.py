@@ -11,7 +11,13 @@ import os
 import numpy as np
 from cbbl_d2.compat import has_fast_evaluation
 from cbbl_d2.data.coco_format import is_coco_format
-from cbbl_d2.data.coco_validation import check_structure, describe_faults, find_faults
+from cbbl_d2.data.coco_validation import (
+    check_structure,
+    describe_faults,
+    describe_odd_areas,
+    find_faults,
+    usable_mask,
+)
 from cbbl_d2.data.ignored_regions import covered_share
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, short
@@ -263,7 +269,7 @@ def build_coco_evaluator(
 
     Raises:
         ConfigError: see :func:`check_keypoint_sigmas`.
-        UserError: objects of the data set lack the masks or keypoints to compare with.
+        UserError: objects of the data set lack the keypoints to compare with.
     """
     check_keypoint_sigmas(cfg)
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
@@ -288,25 +294,42 @@ def build_coco_evaluator(
         rules=rules,
     )
     # The same boxes as in training: without those that cannot be used.
-    prepare_ground_truth(dataset_name, evaluator._coco_api)
+    prepare_ground_truth(dataset_name, evaluator._coco_api, masks=cfg.MODEL.MASK_ON)
     _check_ground_truth(cfg, dataset_name, evaluator._coco_api)
     return evaluator
 
 
-def prepare_ground_truth(name: str, coco: COCO) -> None:
+def prepare_ground_truth(name: str, coco: COCO, masks: bool = False) -> None:
     """
-    :func:`cbbl_d2.evaluation.rules.clean_ground_truth` for a data set that
-    :func:`cbbl_d2.data.coco_format.register_coco_format` has registered, without the boxes that its
-    training leaves out; what was done is logged. Others are left alone: the numbers on COCO itself
-    stay the official ones.
+    :func:`cbbl_d2.evaluation.rules.clean_ground_truth` for a data set, without the boxes that its
+    training leaves out, where :class:`cbbl_d2.data.coco_format.CocoLoader` loads it; what was done
+    is logged. The numbers on COCO itself stay the official ones.
 
     Args:
         coco: the ground truth, changed in place.
+        masks: the model predicts masks: objects without one are left out, too.
     """
-    if not is_coco_format(name):
+    content = coco.dataset
+    if "annotations" not in content:  # a test set whose annotations are not public
         return
-    check_structure(coco.dataset, MetadataCatalog.get(name).json_file)
-    faults = find_faults(coco.dataset)
+    faults: dict[int, str] = {}
+    if is_coco_format(name):
+        check_structure(content, MetadataCatalog.get(name).json_file)
+        faults = find_faults(content)
+        for annotation in content["annotations"]:
+            if annotation.get("segmentation") and annotation["id"] not in faults:
+                mask = usable_mask(annotation, coco.imgs[annotation["image_id"]])
+                annotation["segmentation"] = [] if mask is None else mask
+    if masks:
+        faults.update(
+            {
+                a["id"]: "without a mask"
+                for a in content["annotations"]
+                if not a.get("segmentation") and a["id"] not in faults
+            }
+        )
+    for line in describe_odd_areas(content):
+        logger.warning(f"{name}: {line}")
     num_areas = clean_ground_truth(coco, faults)
     if faults:
         logger.warning(
@@ -354,11 +377,6 @@ def _check_ground_truth(cfg: CfgNode, dataset_name: str, coco: COCO) -> None:
     """pycocotools and Detectron2 end in a KeyError or an assertion where a field is missing."""
     where = f"data set {dataset_name}: annotation"
     for annotation in coco.anns.values():
-        if cfg.MODEL.MASK_ON and not annotation.get("segmentation"):
-            raise UserError(
-                f"{where} {annotation['id']} has no segmentation: add it, or set MODEL.MASK_ON "
-                "False"
-            )
         if not cfg.MODEL.KEYPOINT_ON:
             continue
         expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS

@@ -75,7 +75,7 @@ def clean_ground_truth(coco: COCO, faults: Collection[Any]) -> int:
         number of areas that were replaced.
     """
     content = coco.dataset
-    free_id = max(a["id"] for a in content["annotations"]) + 1
+    free_id = max((a["id"] for a in content["annotations"]), default=0) + 1
     content["annotations"] = [a for a in content["annotations"] if a["id"] not in faults]
     num_areas = 0
     for annotation in content["annotations"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import cv2
 import numpy as np
-from cbbl_d2.data.broken_images import is_too_deep, why_broken
+from cbbl_d2.data.broken_images import TO_8_BITS, misread, why_broken
 from cbbl_d2.errors import UserError
 from detectron2.data.detection_utils import check_image_size, read_image
 from PIL import Image
@@ -128,20 +128,18 @@ def read_rgb(path: str, record: dict) -> np.ndarray:
         record: its dataset dict; if that knows the size of the image, it has to be so.
 
     Raises:
-        UserError: it cannot be read, has another size, or more than 8 bits.
+        UserError: it cannot be read, has another size, or what :func:`misread` finds.
     """
     try:
         image = read_image(path, format="RGB")
         check_image_size(dict(record), image)
         with Image.open(path) as file:
-            too_deep = is_too_deep(file)
+            fault = misread(file)
     except Exception as e:  # a damaged file can make a decoder raise anything
         reason = why_broken(e, path) or " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path}: {reason}") from e
-    if too_deep:
-        raise UserError(
-            f"{path}: has values over 255, which would be read as white: convert it to 8 bits"
-        )
+    if fault:
+        raise UserError(f"{path}: has {fault}: {TO_8_BITS}")
     return image
 
 

@@ -66,7 +66,7 @@ def test_clean_file_loads_as_with_detectron2(folder, content, load, name, new_na
         )
     assert MetadataCatalog.get(name).thing_classes == ["car", "ship"]
     (record,) = log()
-    assert record.getMessage() == f"{name}: 2 images, 4 boxes"
+    assert record.getMessage() == f"{name}: 2 images, 3 boxes and 1 crowd"
     assert record.levelno == logging.INFO
 
 
@@ -86,7 +86,7 @@ def test_unusable_box_is_dropped_and_counted(content, load, name, log, bbox, fau
     assert load(content) == expected
     record = log()[-1]
     assert record.getMessage() == (
-        f"{name}: 2 images, 4 boxes; dropped 1 box: 1 {fault} (annotation id 30)"
+        f"{name}: 2 images, 3 boxes and 1 crowd; dropped 1 box: 1 {fault} (annotation id 30)"
     )
     assert record.levelno == logging.WARNING
 
@@ -99,18 +99,18 @@ def test_all_counts_come_in_one_line(folder, content, load, name, log):
         box(42, [60, 1, 8, 3]),  # partly outside: kept
         box(43, [61, 1, 4, 3]),  # one pixel over: rounding
         box(45, [-1, 1, 4, 3]),
-        box(44, [1, 1, 3, 3], segmentation=[[1, 1, 3, 3]]),  # no polygon: Detectron2 drops it
+        box(44, [1, 1, 3, 3], segmentation=[[1, 1, 3, 3]]),  # no polygon: only masks need one
     ]
     (folder / "images" / "b.png").unlink()
     dicts = load(content)
-    assert sum(len(d["annotations"]) for d in dicts) == 7
+    assert sum(len(d["annotations"]) for d in dicts) == 8
     (record,) = log()
     assert record.getMessage() == (
-        f"{name}: 2 images, 7 boxes; dropped 9 boxes: 7 of no size (annotation ids 20, 21, 22, 23, "
-        "24 and 2 more), 1 outside its image (annotation id 40), 1 of an image that is not listed "
-        "(annotation id 41); 1 box left out of training for an invalid segmentation; 1 image file "
-        f"is missing and will be skipped, the first is {folder / 'images' / 'b.png'}; 1 box "
-        "reaches over the edge of the image and will be clipped"
+        f"{name}: 2 images, 7 boxes and 1 crowd; dropped 9 boxes: 7 of no size (annotation ids 20, "
+        "21, 22, 23, 24 and 2 more), 1 outside its image (annotation id 40), 1 of an image that is "
+        "not listed (annotation id 41); 1 image file is missing and will be skipped, the first is "
+        f"{folder / 'images' / 'b.png'}; 1 box reaches over the edge of the image and will be "
+        "clipped"
     )
 
 

@@ -339,7 +339,6 @@ def test_no_sigmas_stand_for_those_of_coco():
 @pytest.mark.parametrize(
     "field, value, words",
     [
-        ("segmentation", [], "annotation 2 has no segmentation.*MODEL.MASK_ON False"),
         ("keypoints", None, "annotation 2 has 0 keypoints.*NUM_KEYPOINTS is 4"),
         ("keypoints", [1, 1, 2], "annotation 2 has 1 keypoints.*NUM_KEYPOINTS is 4"),
         ("num_keypoints", None, "annotation 2 has no num_keypoints"),

@@ -108,7 +108,8 @@ def test_images_of_more_than_8_bits_are_skipped(tmp_path):
     assert [f.file_name for f in frames] == ["shallow.tif"]
     assert (frames[0].image[:, :, 0] == values % 256).all()
     assert skipped == [
-        f"{deep}: has values over 255, which would be read as white: convert it to 8 bits",
+        f"{deep}: has values over 255, which Detectron2 reads as 255, white: convert the images to "
+        "8 bits, values from 0 to 255",
         f"{empty}: not an image",
     ]
 
