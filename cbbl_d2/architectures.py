@@ -5,6 +5,7 @@ Faster R-CNN in ``MODEL.ROI_HEADS``, of a RetinaNet in ``MODEL.RETINANET``.
 Subclasses keep the names of Detectron2's architectures at the end of their own.
 """
 
+from cbbl_d2.errors import ConfigError
 from detectron2.config import CfgNode
 
 # The node with NUM_CLASSES and SCORE_THRESH_TEST
@@ -25,6 +26,21 @@ def detection_node(cfg: CfgNode) -> str | None:
         if cfg.MODEL.META_ARCHITECTURE.endswith(architecture) and node in cfg.MODEL:
             return node
     return None
+
+
+def check_has_classes(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: the number of classes is still 0, "from the data": such a detector finds
+            nothing, without a word.
+    """
+    node = detection_node(cfg)
+    if node is not None and cfg.MODEL[node].NUM_CLASSES == 0:
+        raise ConfigError(
+            f"MODEL.{node}.NUM_CLASSES = 0 stands for the number of classes of the data, which is "
+            "not known here: set it, or first call "
+            "cbbl_d2.data.dataset_checks.set_num_classes(cfg)"
+        )
 
 
 def anchor_node(cfg: CfgNode) -> str | None:

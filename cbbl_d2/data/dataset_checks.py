@@ -12,7 +12,7 @@ import os
 
 from cbbl_d2.architectures import detection_node
 from cbbl_d2.data.broken_images import missing_images
-from cbbl_d2.data.coco_format import is_coco_format
+from cbbl_d2.data.coco_format import is_coco_format, register_from_config
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed
 from detectron2.config import CfgNode
@@ -25,6 +25,7 @@ __all__ = [
     "describe_classes",
     "load_dataset",
     "set_num_classes",
+    "with_num_classes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,26 @@ def set_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         )
         + f": {'' if names else 'name a data set, or '}set {key} to a number"
     )
+
+
+def with_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
+    """
+    For use from Python: a config whose number of classes may be 0, and whose data sets may not be
+    registered yet.
+
+    Returns:
+        ``cfg``, or where its number of classes is 0 a copy with that of :func:`set_num_classes`.
+    """
+    node = detection_node(cfg)
+    if node is None or cfg.MODEL[node].NUM_CLASSES != 0:
+        return cfg
+    register_from_config(cfg)
+    known = cfg.clone()
+    known.defrost()
+    set_num_classes(known, eval_only)
+    if cfg.is_frozen():
+        known.freeze()
+    return known
 
 
 def describe_classes(cfg: CfgNode) -> str:

@@ -5,9 +5,11 @@ import logging
 import os
 from typing import Any, Dict
 
+from cbbl_d2.architectures import check_has_classes
 from cbbl_d2.compat import default_trainer_parts, load_optimizer, with_optimizer
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
+from cbbl_d2.data.dataset_checks import with_num_classes
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
@@ -32,6 +34,7 @@ class CBBLTrainer(DefaultTrainer):
     """
     What it adds to ``DefaultTrainer``:
 
+    * a number of classes of 0 becomes that of the data;
     * AP, AP50, AP75, APs, APm, APl and APvs (very small objects) on ``cfg.DATASETS.TEST``;
     * the model of the best AP as ``model_best.pth``;
     * with ``cfg.TEST.AUG.ENABLED``, one more evaluation after training, with test-time
@@ -44,7 +47,12 @@ class CBBLTrainer(DefaultTrainer):
 
     def __init__(self, cfg):
         with default_trainer_parts(CBBLCheckpointer, cfg.MODEL.DEVICE):
-            super().__init__(cfg)
+            super().__init__(with_num_classes(cfg))
+
+    @classmethod
+    def build_model(cls, cfg):
+        check_has_classes(cfg)
+        return super().build_model(cfg)
 
     def build_hooks(self):
         ret = super().build_hooks()

@@ -4,6 +4,7 @@ from typing import Sequence
 
 import numpy as np
 import torch
+from cbbl_d2.data.dataset_checks import with_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
 from cbbl_d2.errors import UserError
 from detectron2.config import CfgNode
@@ -21,12 +22,12 @@ class BatchPredictor:
         """
         Args:
             cfg: ``MODEL`` with ``MODEL.WEIGHTS``, ``INPUT.MIN_SIZE_TEST``, ``INPUT.MAX_SIZE_TEST``
-                and ``INPUT.FORMAT`` are read.
+                and ``INPUT.FORMAT`` are read; where the number of classes is 0, the data sets.
 
         Raises:
             UserError: the weights cannot be read or do not fit.
         """
-        self.model = build_model(cfg).eval()
+        self.model = build_model(with_num_classes(cfg, eval_only=True)).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS)
         self.device = cfg.MODEL.DEVICE
         self._is_bgr = cfg.INPUT.FORMAT == "BGR"

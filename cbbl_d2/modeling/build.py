@@ -3,6 +3,7 @@
 from typing import List
 
 import torch
+from cbbl_d2.architectures import check_has_classes
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
@@ -20,10 +21,9 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
         Tensor: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
 
     Raises:
-        ConfigError: a key of ``MODEL.CBBL`` has an impossible value.
+        ConfigError: a key of ``MODEL.CBBL`` has an impossible value, or there are no classes.
     """
-    check_cbbl_config(cfg)
-    check_voting(cfg)
+    _check(cfg)
     node = cfg.MODEL.CBBL[head] if head else cfg.MODEL.CBBL
     return _grid(
         f"MODEL.CBBL.{head}{'.' if head else ''}",
@@ -36,8 +36,7 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
 
 def build_cascade_grids(cfg) -> List[torch.Tensor]:
     """As :func:`build_grid`, one for each stage of a Cascade R-CNN."""
-    check_cbbl_config(cfg)
-    check_voting(cfg)
+    _check(cfg)
     c = cfg.MODEL.CBBL
     num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     settings = [
@@ -60,6 +59,12 @@ def build_localization_loss(cfg) -> LocalizationLoss:
         uncertainty_weight=c.UNCERTAINTY_WEIGHT,
         giou_weight=c.GIOU_WEIGHT,
     )
+
+
+def _check(cfg) -> None:
+    check_cbbl_config(cfg)
+    check_voting(cfg)
+    check_has_classes(cfg)
 
 
 def check_voting(cfg) -> None:

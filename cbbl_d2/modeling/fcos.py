@@ -3,6 +3,7 @@
 from typing import Dict, Optional
 
 import torch
+from cbbl_d2.architectures import check_has_classes
 from cbbl_d2.compat import box_tensors, dense_head_norm, with_a_box
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
@@ -57,6 +58,7 @@ class ConfigurableFCOS(FCOS):
 
     @classmethod
     def from_config(cls, cfg):
+        check_has_classes(cfg)
         c = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
