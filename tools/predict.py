@@ -22,8 +22,10 @@ With --dataset, AP and APvs are computed as train_net.py does, and go to metrics
 """
 
 import argparse
+import contextlib
 import os
 
+from cbbl_d2.data.broken_images import large_images
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
@@ -231,6 +233,11 @@ def finish_metrics(metrics: DatasetMetrics, folder: str, dataset: str, skipped: 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logger(name="cbbl_d2")
+    with contextlib.nullcontext() if args.slice is None else large_images():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     source = find_source(args.input, args.dataset)

@@ -9,6 +9,8 @@ writes my/train_sliced/annotations.json and my/train_sliced/images/, for DATASET
 needs the package sahi, which does the cutting (docs/large_images.md). The folder appears complete
 or not at all.
 
+Images may have up to 2^30 pixels, at about 18 bytes of memory each for the largest.
+
 A box that a slice cuts through is clipped, and kept if at least --min-area-ratio of its area is in
 the slice. Boxes keep their fractions of pixels. Masks and keypoints are left out.
 """
@@ -18,7 +20,8 @@ import json
 import os
 
 import numpy as np
-from cbbl_d2.data.coco_format import load_coco_format
+from cbbl_d2.data.broken_images import large_images
+from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
 from cbbl_d2.data.coco_validation import find_faults, is_positive_number
 from cbbl_d2.data.coco_writer import CocoWriter
 from cbbl_d2.engine.cli import one_line_errors
@@ -146,10 +149,12 @@ def slice_dataset(
     # sahi hands on box and category alone, makes a polygon of whole pixels into the box where there
     # is one, and counts areas in whole pixels: too coarse for objects of a few. With a category for
     # each annotation one knows which piece is of which, and the rest can be exact.
+    # Its image ids must be integers.
+    ids = {image["id"]: i for i, image in enumerate(content["images"], start=1)}
     numbered = {
-        "images": content["images"],
+        "images": [{**image, "id": ids[image["id"]]} for image in content["images"]],
         "annotations": [
-            {"id": i, "image_id": a["image_id"], "bbox": a["bbox"], "category_id": i}
+            {"id": i, "image_id": ids[a["image_id"]], "bbox": a["bbox"], "category_id": i}
             for i, a in enumerate(annotations, start=1)
         ],
         "categories": [{"id": i, "name": str(i)} for i in range(1, len(annotations) + 1)],
@@ -205,18 +210,18 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="cbbl_d2")
     if os.path.exists(args.output):
         raise UserError(f"{args.output}: exists already, choose another --output or remove it")
-    # It ends in one line for all that can be wrong with the file.
-    load_coco_format(args.annotations, args.images, f"slice_dataset {args.annotations}")
-    with open(args.annotations, encoding="utf-8") as f:
-        content = usable(json.load(f), args.images)
-    try:
-        with atomic_folder(args.output) as folder:
-            sliced = slice_dataset(
-                content, args.images, folder, args.slice, args.overlap, args.min_area_ratio
-            )
-            sliced.write(os.path.join(folder, "annotations.json"))
-    except OSError as e:
-        raise UserError(f"{args.output}: cannot be written ({e.strerror or e})") from e
+    with large_images():
+        # It ends in one line for all that can be wrong with the file.
+        load_coco_format(args.annotations, args.images, f"slice_dataset {args.annotations}")
+        content = usable(read_annotation_json(args.annotations), args.images)
+        try:
+            with atomic_folder(args.output) as folder:
+                sliced = slice_dataset(
+                    content, args.images, folder, args.slice, args.overlap, args.min_area_ratio
+                )
+                sliced.write(os.path.join(folder, "annotations.json"))
+        except OSError as e:
+            raise UserError(f"{args.output}: cannot be written ({e.strerror or e})") from e
     print(
         f"{count(len(content['images']), 'image', 'images')} with "
         f"{count(len(content['annotations']), 'box', 'boxes')} cut into "

@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("detectron2")
 pytest.importorskip("sahi")
@@ -143,3 +144,17 @@ def test_a_folder_that_exists_is_left_alone(cut, image, tmp_path, capsys):
         cut([{"bbox": [5, 5, 9, 9], "category_id": 3}])
     assert "exists already" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_image_ids_that_are_strings(cut, image):
+    entry = {"id": "x", "file_name": "sub/x.png", "width": 100, "height": 60}
+    coco = cut([{"bbox": [5, 5, 9, 9], "category_id": 3, "image_id": "x"}], images=[entry])
+    assert boxes(coco) == [(1, [5, 5, 9, 9])]
+
+
+def test_images_over_the_limit_of_pillow(cut, image, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 60 // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open("in/sub/x.png")
+    assert boxes(cut([{"bbox": [5, 5, 9, 9], "category_id": 3}])) == [(1, [5, 5, 9, 9])]
+    assert Image.MAX_IMAGE_PIXELS == 100 * 60 // 2 - 1
