@@ -19,12 +19,11 @@ from typing import Any
 from cbbl_d2.compat import reading_parsed
 from cbbl_d2.data.broken_images import check_depth, check_some_exist, missing_images
 from cbbl_d2.data.coco_validation import (
-    CORNERS,
-    are_corners,
     check_boxes,
     check_structure,
     count_over_the_edge,
     describe_faults,
+    describe_other_format,
     find_faults,
     usable_mask,
 )
@@ -199,8 +198,9 @@ def load_coco_format(json_file: str, image_root: str, name: str) -> list[dict]:
     missing = missing_images(dicts)
     check_some_exist(missing, len(dicts), image_root, json_file)
     check_depth(dicts)
-    if are_corners(content, faults):
-        logger.warning(f"{json_file}: {CORNERS}")
+    other_format = describe_other_format(content, faults)
+    if other_format:
+        logger.warning(f"{json_file}: {other_format}")
     _log_counts(name, content, faults, dicts, missing)
     return dicts
 

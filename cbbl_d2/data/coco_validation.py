@@ -7,7 +7,8 @@ JSON, which they leave as it is.
 * Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
   Such a box would be an object that no detector can find.
 * Its masks (:func:`usable_mask`) and areas (:func:`odd_areas`), which not every detector needs.
-* All of its boxes (:func:`check_boxes`, :func:`are_corners`): they are in another unit or format.
+* All of its boxes (:func:`check_boxes`, :func:`describe_other_format`): they are in another unit or
+  format.
 
 A box that is partly outside its image can be used: Detectron2 clips it in training, and COCO's
 metric takes it as it is.
@@ -23,13 +24,12 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed, short
 
 __all__ = [
-    "CORNERS",
-    "are_corners",
     "check_boxes",
     "check_structure",
     "count_over_the_edge",
     "describe_faults",
     "describe_odd_areas",
+    "describe_other_format",
     "find_faults",
     "is_positive_number",
     "odd_areas",
@@ -44,17 +44,13 @@ _EDGE_TOLERANCE = 1.0
 # NumPy, Detectron2 and pycocotools keep ids as integers of 64 bits.
 _ID_LIMIT = 2**63
 
-CORNERS = (
-    "the boxes look like [x0, y0, x1, y1], but in COCO's format they are [x, y, width, height]: if "
-    "so, subtract x0 from x1 and y0 from y1"
-)
 # An area may differ by that from its box's, or by one square pixel: rounding.
 _AREA_TOLERANCE = 0.02
 # Of the box of an object whose area is no mask's.
 _LEAST_SHARE_OF_BOX = 0.1
 
-# Fewer boxes may look like corners by chance; so may this share of boxes over the edge.
-_MIN_CORNERS, _MIN_SHARE_OVER_THE_EDGE = 5, 0.25
+# From that share of boxes over the edge on they may be in another format; of few boxes, all.
+_MIN_SHARE_OVER_THE_EDGE, _MANY_BOXES = 0.25, 5
 
 
 # -- structure -------------------------------------------------------------------------------------
@@ -262,20 +258,40 @@ def check_boxes(content: dict, faults: dict[int, str], where: str) -> None:
         )
 
 
-def are_corners(content: dict, faults: dict[int, str]) -> bool:
+def describe_other_format(content: dict, faults: dict[int, str]) -> str:
     """
-    Whether the boxes look like ``[x0, y0, x1, y1]`` in the place of ``[x, y, width, height]``: all
-    of them would be boxes within their image, which as COCO's many are not.
+    A line, with the cure, where the boxes look like corners or centers in the place of
+    ``[x, y, width, height]``: all of them would be boxes within their image, which as COCO's many
+    are not. "" where they do not.
     """
-    pairs = [(a, image) for a, image in _with_images(content) if a["id"] not in faults]
-    if len(pairs) < _MIN_CORNERS:
-        return False
-    for a, image in pairs:
-        x0, y0, x1, y1 = a["bbox"]
-        if x1 <= x0 or y1 <= y0 or _is_over_the_edge([x0, y0, x1 - x0, y1 - y0], image):
-            return False
-    share = sum(_is_over_the_edge(a["bbox"], image) for a, image in pairs) / len(pairs)
-    return share >= _MIN_SHARE_OVER_THE_EDGE
+    pairs = [(a["bbox"], image) for a, image in _with_images(content) if a["id"] not in faults]
+    num_over = sum(_is_over_the_edge(box, image) for box, image in pairs)
+    least_share = _MIN_SHARE_OVER_THE_EDGE if len(pairs) >= _MANY_BOXES else 1
+    if not pairs or num_over < least_share * len(pairs):
+        return ""
+    for format, cure, convert in _OTHER_FORMATS:
+        boxes = [(convert(*box), image) for box, image in pairs]
+        if all(min(b[2:]) > 0 and not _is_over_the_edge(b, image) for b, image in boxes):
+            return (
+                f"the boxes look like {format}, but in COCO's format they are [x, y, width, "
+                f"height]: if so, subtract {cure}"
+            )
+    return ""
+
+
+# What it looks like, what to subtract, the conversion to COCO's.
+_OTHER_FORMATS = (
+    (
+        "[x0, y0, x1, y1]",
+        "x0 from x1 and y0 from y1",
+        lambda x0, y0, x1, y1: (x0, y0, x1 - x0, y1 - y0),
+    ),
+    (
+        "[center x, center y, width, height]",
+        "half the width from x and half the height from y",
+        lambda x, y, width, height: (x - width / 2, y - height / 2, width, height),
+    ),
+)
 
 
 def usable_mask(annotation: dict, image: dict) -> list | dict | None:

@@ -13,13 +13,12 @@ import numpy as np
 from cbbl_d2.data.broken_images import TO_8_BITS, check_some_exist, misread, why_broken
 from cbbl_d2.data.coco_format import read_coco_json
 from cbbl_d2.data.coco_validation import (
-    CORNERS,
-    are_corners,
     check_boxes,
     check_structure,
     count_over_the_edge,
     describe_faults,
     describe_odd_areas,
+    describe_other_format,
     find_faults,
     unusable_masks,
 )
@@ -29,7 +28,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.data.detection_utils import check_image_size, read_image
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .object_table import ObjectTable, object_table
@@ -41,6 +40,8 @@ __all__ = ["DatasetReport", "check_images", "format_report", "read_dataset", "re
 _TINY = 2.0
 # Fewer boxes of a class are hardly enough to learn it from.
 _FEW_BOXES = 10
+# Values of EXIF's orientation that leave width and height as they are.
+_TURNED_IN_PLACE = (2, 3, 4)
 # COCO itself has 1 % of crowds; some converters mark every object with a run-length mask as one.
 _MANY_CROWDS = 1 / 3
 _SMALL = (8, 16, 32)  # pixels
@@ -123,8 +124,9 @@ def report_on(content: dict, json_file: str, image_root: str, name: str = "") ->
 
 
 def _warnings_of_format(content: dict, faults: dict[int, str]) -> Iterable[str]:
-    if are_corners(content, faults):
-        yield CORNERS
+    other_format = describe_other_format(content, faults)
+    if other_format:
+        yield other_format
     if faults:
         yield (
             f"{count(len(faults), 'box', 'boxes')} that cannot be used and will be left out: "
@@ -244,7 +246,8 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
     Raises:
         UserError: all are missing.
     """
-    missing, broken, pages, misread_as, files_of = [], [], [], defaultdict(list), defaultdict(list)
+    missing, broken, pages, turned = [], [], [], []
+    misread_as, files_of = defaultdict(list), defaultdict(list)
     for image in tqdm(content["images"], desc="reading images", unit="image"):
         path = os.path.join(image_root, image["file_name"])
         if not os.path.isfile(path):
@@ -256,9 +259,11 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
             expected = {"file_name": path, "width": image["width"], "height": image["height"]}
             check_image_size(expected, read_image(path, format=image_format))
             with Image.open(path) as opened:
+                misread_as[misread(opened)].append(path)  # first: it must not be loaded yet
                 if getattr(opened, "n_frames", 1) > 1:
                     pages.append(path)
-                misread_as[misread(opened)].append(path)
+                if opened.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED_IN_PLACE:
+                    turned.append(path)
         except Exception as e:  # a damaged file can make a decoder raise anything
             broken.append(f"{path}: {why_broken(e, path) or e}")
     check_some_exist(missing, len(content["images"]), image_root, "the annotation file")
@@ -283,6 +288,12 @@ def check_images(content: dict, image_root: str, image_format: str = "BGR") -> l
         warnings.append(
             f"{count(len(pages), 'file has', 'files have')} several pages, of which the first is "
             f"used: {listed(pages)}"
+        )
+    if turned:
+        warnings.append(
+            f"{count(len(turned), 'image is', 'images are')} turned by 180 degrees or mirrored by "
+            "EXIF data, also when Detectron2 reads them, and their size does not tell whether the "
+            f"boxes are: look at some with tools/visualize.py: {listed(turned)}"
         )
     copies = [sorted(set(names)) for names in files_of.values() if len(set(names)) > 1]
     if copies:

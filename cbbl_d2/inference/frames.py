@@ -1,6 +1,7 @@
 """Reading what to predict on: images and the frames of videos, one after the other."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from .names import unique_stems
 from .sources import Source
+
+logger = logging.getLogger(__name__)
 
 # Images read ahead to fill a batch with others of their size, in batches.
 _READ_AHEAD = 4
@@ -135,11 +138,14 @@ def read_rgb(path: str, record: dict) -> np.ndarray:
         check_image_size(dict(record), image)
         with Image.open(path) as file:
             fault = misread(file)
+            pages = getattr(file, "n_frames", 1)
     except Exception as e:  # a damaged file can make a decoder raise anything
         reason = why_broken(e, path) or " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path}: {reason}") from e
     if fault:
         raise UserError(f"{path}: has {fault}: {TO_8_BITS}")
+    if pages > 1:
+        logger.warning(f"{path}: has {pages} pages, of which the first is used")
     return image
 
 

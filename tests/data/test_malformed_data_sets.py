@@ -560,20 +560,43 @@ def one_over_the_edge(data):
     data.content["annotations"][0]["bbox"] = [60, 40, 10, 12]
 
 
+def two_corners(data):
+    corners(data)
+    del data.content["annotations"][2:]
+    data.content["annotations"][0]["bbox"] = [50, 30, 60, 40]
+
+
+def centers(data):
+    every("annotations", bbox=lambda x: [57, 40, 12, 14])(data)
+
+
+def two_boxes_of_which_one_is_over_the_edge(data):
+    del data.content["annotations"][2:]
+    one_over_the_edge(data)
+
+
 @pytest.mark.parametrize(
-    "change, warns", [(corners, True), (in_the_upper_left, False), (one_over_the_edge, False)]
+    "change, format",
+    [
+        (corners, "[x0, y0, x1, y1]"),
+        (two_corners, "[x0, y0, x1, y1]"),
+        (centers, "[center x, center y, width, height]"),
+        (in_the_upper_left, None),
+        (one_over_the_edge, None),
+        (two_boxes_of_which_one_is_over_the_edge, None),
+    ],
 )
-def test_corners_in_the_place_of_width_and_height(data, cfg_of, caplog, monkeypatch, change, warns):
+def test_boxes_in_another_format(data, cfg_of, caplog, monkeypatch, change, format):
     monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
     change(data)
     cfg = cfg_of(data)
     set_num_classes(cfg)
     check_datasets(cfg)
-    messages = {r.getMessage() for r in caplog.records if "[x0, y0, x1, y1]" in r.getMessage()}
-    assert len(messages) == warns
-    if warns:
-        (message,) = messages
-        assert message.startswith(f"{data.json_file}: ") and "subtract" in message
+    messages = {r.getMessage() for r in caplog.records if "the boxes look like" in r.getMessage()}
+    assert len(messages) == (format is not None)
+    for message in messages:
+        assert message.startswith(f"{data.json_file}: the boxes look like {format}")
+        assert "subtract" in message
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -251,3 +251,18 @@ def test_missing_files_of_a_data_set(error_of, new_name, tmp_path):
     name = new_name()
     register_coco_format(name, str(tmp_path / "none.json"), str(tmp_path))
     assert error_of(read_dataset, name).startswith(f"{tmp_path / 'none.json'}: no such")
+
+
+def test_pages_and_images_turned_in_place_are_named(content, images):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    blank = Image.new("RGB", (64, 48), (9, 9, 9))
+    blank.save(images / "turned.jpg", exif=exif)
+    blank.save(images / "pages.tif", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    content["images"] += [
+        {"id": 100 + i, "file_name": name, "width": 64, "height": 48}
+        for i, name in enumerate(("turned.jpg", "pages.tif"))
+    ]
+    pages, turned, *_ = check_images(content, str(images))
+    assert pages.startswith("1 file has several pages") and "pages.tif" in pages
+    assert turned.startswith("1 image is turned by 180 degrees") and "turned.jpg" in turned

@@ -1,3 +1,4 @@
+import logging
 import os
 
 import cv2
@@ -131,3 +132,12 @@ def test_videos_that_are_not_taken_are_files_that_cannot_be_read(tmp_path):
     source = Source([{"file_name": path}], ["clip.mp4"], takes_videos=False)
     assert not list(read_frames(source, skipped.append)) and skipped == [f"{path}: not an image"]
     assert count_frames(source) == 1
+
+
+def test_the_first_page_is_used_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
+    pages = [Image.new("RGB", (30, 20), (value,) * 3) for value in (10, 20)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    frames, skipped = read([tmp_path / "x.tif"])
+    assert not skipped and (frames[0].image == 10).all()
+    assert any("x.tif: has 2 pages, of which the first" in r.getMessage() for r in caplog.records)
