@@ -21,6 +21,8 @@ from cbbl_d2.engine import (
     CBBLTrainer,
     check_engine_config,
     check_model_config,
+    claimed,
+    config_restored,
     evaluate_weights,
     launch,
     load_config,
@@ -62,8 +64,7 @@ def check_has_weights(cfg: CfgNode, resume: bool) -> None:
     )
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = load_and_check(args)
+def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     # An evaluation leaves the log and the config of the training as they are.
     log_dir = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
     log_cfg = cfg.clone()
@@ -73,16 +74,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
     classes = describe_classes(cfg)
     if classes:
         logging.getLogger("cbbl_d2").info(classes)
-    return cfg
 
 
 def main(args: argparse.Namespace):
-    cfg = setup(args)
+    cfg = load_and_check(args)
     if args.eval_only:
+        setup(cfg, args)
         return evaluate(cfg, args.resume)
-    trainer = CBBLTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    with claimed(cfg.OUTPUT_DIR):
+        with config_restored(cfg.OUTPUT_DIR):
+            setup(cfg, args)
+            trainer = CBBLTrainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool):

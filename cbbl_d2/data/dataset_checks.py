@@ -15,12 +15,15 @@ from cbbl_d2.data.broken_images import missing_images
 from cbbl_d2.data.coco_format import is_coco_format, register_from_config
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed
+from cbbl_d2.plain_pickle import check_pickle
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 __all__ = [
     "check_datasets",
     "check_num_classes",
+    "check_proposals",
     "check_registered",
     "describe_classes",
     "load_dataset",
@@ -51,6 +54,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
     if eval_only and len(cfg.DATASETS.TEST) == 0:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    check_proposals(cfg)
     for name in _used_datasets(cfg, eval_only):
         dicts = _check_files(name, needs_all_images=name in cfg.DATASETS.TEST)
         _check_heads(cfg, name, dicts)
@@ -184,6 +188,30 @@ def check_num_classes(cfg: CfgNode, eval_only: bool = False) -> None:
                 f"{count(len(classes), 'class', 'classes')} ({listed(classes)}): "
                 f"set {key} {len(classes)}, or 0 to take it from the data"
             )
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """
+    Precomputed proposals are pickle files: look that they run no code.
+
+    Args:
+        cfg: ``MODEL.LOAD_PROPOSALS`` and ``DATASETS.PROPOSAL_FILES_*`` are read.
+
+    Raises:
+        UserError: a file holds more than arrays and plain values, or cannot be read.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for path in dict.fromkeys(
+        (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST)
+    ):
+        try:
+            check_pickle(PathManager.get_local_path(path))
+        except OSError as e:
+            raise UserError(
+                f"{path}: proposals cannot be read ({e.strerror or e}): correct "
+                "DATASETS.PROPOSAL_FILES_TRAIN or PROPOSAL_FILES_TEST"
+            ) from e
 
 
 def check_registered(name: str, where: str) -> None:

@@ -5,6 +5,7 @@ from .cli import load_config, one_line_errors
 from .config_checks import check_engine_config, check_model_config
 from .evaluate import evaluate_weights
 from .launch import launch, start_log
+from .output_dir import claimed, config_restored
 from .trainer import CBBLTrainer
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "CBBLTrainer",
     "check_engine_config",
     "check_model_config",
+    "claimed",
+    "config_restored",
     "evaluate_weights",
     "launch",
     "load_config",

@@ -1,8 +1,11 @@
-"""Checkpoints that are never half written, and weights that never fail to fit in silence."""
+"""
+Checkpoints that are never half written and never hold a NaN, and weights that run no code and never
+fail to fit in silence.
+"""
 
+import glob
 import os
-import pickle
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 from cbbl_d2.modeling.torchvision_backbone import as_detector_weights
+from cbbl_d2.plain_pickle import check_pickle
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
@@ -34,8 +38,11 @@ class _AtomicPathManager:
 
 class CBBLCheckpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer with atomic writes, and with a check of what it loads:
+    Detectron2's checkpointer with atomic writes. It saves nothing that is not finite, resumes from
+    the newest checkpoint that is whole, and checks what it loads:
 
+    * a file that holds more than tensors, arrays and plain values, or weights that are not finite:
+      :class:`UserError`;
     * no weight of the model is in the file: :class:`UserError`;
     * some are not (a stock Faster R-CNN loaded into a C-BBL model, another number of classes):
       one log line names the layers that are randomly initialized, or, with ``require_all``,
@@ -56,6 +63,27 @@ class CBBLCheckpointer(DetectionCheckpointer):
         self.path_manager = _AtomicPathManager(self.path_manager)
         self.require_all = require_all
         self._path = ""
+        self._newest: Optional[Tuple[str, Dict[str, Any]]] = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_to_disk:
+            return
+        state = {"model": self.model, **self.checkpointables}
+        bad = _not_finite({key: value.state_dict() for key, value in state.items()})
+        if bad:
+            raise UserError(
+                f"training has diverged: {bad} is not finite, and the checkpoint {name} is not "
+                "written: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True, and go "
+                "on from the last one with --resume"
+            )
+        self._newest = None
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
+            raise UserError(
+                f"{self.save_dir}: the checkpoint {name} cannot be written ({_reason(e)}): older "
+                "ones are whole; make room and go on with --resume"
+            ) from e
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         self._path = path
@@ -83,22 +111,95 @@ class CBBLCheckpointer(DetectionCheckpointer):
         finally:
             self.require_all = require_all
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def has_checkpoint(self) -> bool:
+        return bool(self._candidates())
+
+    def get_checkpoint_file(self) -> str:
+        """
+        The newest checkpoint that can be resumed; a warning names those that cannot.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self._newest is None:
+            self._newest = self._find_newest()
+        return self._newest[0]
+
+    def _candidates(self) -> List[str]:
+        """Checkpoints of this folder, first the one that ``last_checkpoint`` names."""
+        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        # Not model_best.pth, from which training never resumes.
+        files = [x for x in files if os.path.basename(x)[6:-4].replace("final", "0").isdigit()]
+        files.sort(key=os.path.getmtime, reverse=True)
         try:
-            loaded = super()._load_file(filename)
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+            with open(os.path.join(self.save_dir, "last_checkpoint"), encoding="utf-8") as f:
+                last = os.path.join(self.save_dir, f.read().strip())
+        except (OSError, ValueError):
+            return files
+        return [last, *(x for x in files if x != last)] if os.path.basename(last) else files
+
+    def _find_newest(self) -> Tuple[str, Dict[str, Any]]:
+        reasons = []
+        for path in self._candidates():
+            try:
+                if not os.path.isfile(path):
+                    raise UserError(f"{path}: no such file")
+                loaded = self._load_file(path)
+                if "trainer" in self.checkpointables and "trainer" not in loaded:
+                    raise UserError(f"{path}: holds weights alone, and no state of a training")
+            except UserError as e:
+                reasons.append(str(e))
+                continue
+            if reasons:
+                self.logger.warning(f"Going on from {path}: {'; '.join(reasons)}")
+            return path, loaded
+        raise UserError(
+            f"{self.save_dir}: no checkpoint in it can be resumed ({'; '.join(reasons)}): start "
+            "again with another OUTPUT_DIR, without --resume"
+        )
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        if self._newest is not None and self._newest[0] == filename:  # it has just been read
+            (_, loaded), self._newest = self._newest, (filename, {})
+            if loaded:
+                return loaded
+        try:
+            if filename.endswith(".pkl"):
+                check_pickle(filename)
+                loaded = super()._load_file(filename)
+            else:
+                # Said here, not left to torch's default: a checkpoint runs no code.
+                loaded = torch.load(filename, map_location="cpu", weights_only=True)
+                if filename.endswith(".pyth"):
+                    loaded = super()._load_file(filename)
+        except (UserError, FileNotFoundError):
+            raise
+        except Exception as e:  # a damaged file can make torch raise anything
             # Not torch's own words: they advise to turn off the check for malicious files.
             raise UserError(
                 f"{filename}: not a checkpoint, damaged, or with more in it than tensors and plain "
                 "values"
             ) from e
-        weights = loaded.get("model")
+        if isinstance(loaded, dict) and "model" not in loaded:
+            loaded = {"model": loaded}
+        weights = loaded.get("model") if isinstance(loaded, dict) else None
         if not isinstance(weights, dict) or not all(
-            isinstance(value, (torch.Tensor, np.ndarray)) for value in weights.values()
+            isinstance(name, str)
+            and isinstance(value, (torch.Tensor, np.ndarray))
+            and not (
+                np.iscomplexobj(value) if isinstance(value, np.ndarray) else value.is_complex()
+            )
+            for name, value in weights.items()
         ):
             raise UserError(
                 f"{filename}: not a checkpoint of Detectron2: it must be a dict of tensors, or one "
                 'with such a dict under "model"; convert it first'
+            )
+        bad = _not_finite(weights)
+        if bad:
+            raise UserError(
+                f"{filename}: its {bad} is not finite, as after a training that has diverged: give "
+                "an earlier checkpoint"
             )
         return loaded
 
@@ -172,6 +273,30 @@ def load_weights(model: nn.Module, path: str) -> None:
     if not path:
         raise UserError("no weights given: set MODEL.WEIGHTS, e.g. to OUTPUT_DIR/model_best.pth")
     CBBLCheckpointer(model, require_all=True).load(path)
+
+
+def _is_real_tensor(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "fiub"
+    return isinstance(value, torch.Tensor) and not value.is_complex()
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """Where in nested containers a tensor or array is with NaN or infinity; "" if nowhere."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return "" if np.isfinite(value).all() else name
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return "" if bool(torch.isfinite(value).all()) else name
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return ""
+    found = (_not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
+    return next(filter(None, found), "")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split()[:20])
 
 
 def _points(grid: torch.Tensor) -> str:

@@ -1,10 +1,14 @@
-"""The choice of the optimizer, which Detectron2's config lacks."""
+"""The choice of the optimizer, which Detectron2's config lacks, and what a resumed one does."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from cbbl_d2.errors import ConfigError
 from detectron2 import solver
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -28,3 +32,53 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
             params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
         )
     raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
+
+
+def optimizer_groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups in the state of Detectron2's ``SimpleTrainer``."""
+    return state["optimizer"]["param_groups"]
+
+
+def follow_config(
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    groups: Sequence[dict[str, Any]],
+    base_lrs: Sequence[float],
+) -> str:
+    """
+    Make what a resumed optimizer does that of the config again: its checkpoint brings the learning
+    rates and the weight decay of the earlier one. Of the schedule it brings the iteration and the
+    base rates, not the length.
+
+    Args:
+        optimizer, scheduler: as loaded.
+        groups: parameter groups of the optimizer before it was loaded.
+        base_lrs: of the scheduler before it was loaded.
+
+    Returns:
+        what has changed, for a log line; "" if nothing.
+    """
+    changed = []
+    if list(scheduler.base_lrs) != list(base_lrs):
+        changed.append(f"SOLVER.BASE_LR {_range(base_lrs)} instead of {_range(scheduler.base_lrs)}")
+        scheduler.base_lrs = list(base_lrs)
+    old = [group["lr"] for group in optimizer.param_groups]
+    new = scheduler.get_lr()
+    if old != new:
+        changed.append(f"a learning rate of {_range(new)} instead of {_range(old)}")
+        for group, base_lr, lr in zip(optimizer.param_groups, base_lrs, new):
+            group["initial_lr"], group["lr"] = base_lr, lr
+    for key in ("weight_decay", "momentum", "nesterov"):
+        old = [group.get(key) for group in optimizer.param_groups]
+        new = [group.get(key) for group in groups]
+        if old != new:
+            changed.append(f"SOLVER.{key.upper()} {_range(new)} instead of {_range(old)}")
+            for group, value in zip(optimizer.param_groups, new):
+                group[key] = value
+    return ", ".join(changed)
+
+
+def _range(values: Sequence[float]) -> str:
+    """Of the groups: "0 to 0.0001"."""
+    different = sorted(set(values))
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((different[0], different[-1])))

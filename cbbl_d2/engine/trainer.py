@@ -9,7 +9,7 @@ from cbbl_d2.architectures import check_has_classes
 from cbbl_d2.compat import default_trainer_parts, load_optimizer, with_optimizer
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
-from cbbl_d2.data.dataset_checks import with_num_classes
+from cbbl_d2.data.dataset_checks import check_proposals, with_num_classes
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
@@ -24,7 +24,7 @@ from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .divergence import explain_divergence, is_finite, user_errors_in_one_line
 from .gradient_stats import GradientStats
 from .hooks import BestCheckpointer, ResumeState
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, follow_config, optimizer_groups
 from .rng import preserve_rng
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,14 @@ class CBBLTrainer(DefaultTrainer):
                 "MODEL.BACKBONE.FREEZE_AT 0 and a norm of the backbone that learns, such as BN"
             )
 
+    def after_train(self):
+        if not is_finite(self.model):
+            # Diverged in the last iteration: Detectron2 would evaluate and keep that model.
+            self._hooks = [
+                h for h in self._hooks if not isinstance(h, (hooks.EvalHook, BestCheckpointer))
+            ]
+        super().after_train()
+
     def train(self):
         if self.start_iter < self.max_iter:
             with user_errors_in_one_line():
@@ -148,8 +156,25 @@ class CBBLTrainer(DefaultTrainer):
                 "the state of the optimizer: they cannot be resumed. Give one as MODEL.WEIGHTS and "
                 "another OUTPUT_DIR, without --resume"
             )
+        optimizer = self._trainer.optimizer
+        new = [dict(group) for group in optimizer.param_groups]
+        old = optimizer_groups(state_dict["_trainer"])
+        same_kind = all(("betas" in a) == ("betas" in b) for a, b in zip(new, old))
+        if not same_kind or [len(g["params"]) for g in new] != [len(g["params"]) for g in old]:
+            raise UserError(
+                f"{self.cfg.OUTPUT_DIR}: its checkpoints are of another optimizer than "
+                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}, or of one for other layers, which "
+                "--resume cannot change: give one as MODEL.WEIGHTS and another OUTPUT_DIR, without "
+                "--resume"
+            )
+        base_lrs = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
         load_optimizer(self, state_dict)
+        if self.iter + 1 >= self.max_iter:
+            return
+        changed = follow_config(optimizer, self.scheduler, new, base_lrs)
+        if changed:
+            logger.info(f"--resume: from here on {changed}, as the config says")
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -167,10 +192,12 @@ class CBBLTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
+        check_proposals(cfg)
         return ResumableTrainLoader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
+        check_proposals(cfg)
         mapper = NameBrokenImage(DatasetMapper(cfg, is_train=False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
