@@ -45,7 +45,6 @@ from cbbl_d2.analysis.study_table import (
     summarize,
 )
 from cbbl_d2.engine import one_line_errors
-from cbbl_d2.engine.output_dir import LOCK_NAME, LOCK_VARIABLE
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
@@ -93,7 +92,7 @@ def start(run: Run, jobs: int) -> subprocess.Popen:
     and called again: two processes never write into one folder.
     """
     os.makedirs(run.folder, exist_ok=True)
-    with open(os.path.join(run.folder, LOCK_NAME), "w") as lock:
+    with open(os.path.join(run.folder, "lock"), "w") as lock:
         deadline = time.time() + 10  # a process that was killed just now takes a moment to go
         while True:
             try:
@@ -111,11 +110,7 @@ def start(run: Run, jobs: int) -> subprocess.Popen:
                 stdout=console,
                 stderr=console,
                 pass_fds=(lock.fileno(),),
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": str(num_threads(jobs)),
-                    LOCK_VARIABLE: str(lock.fileno()),
-                },
+                env={**os.environ, "OMP_NUM_THREADS": str(num_threads(jobs))},
             )
 
 

@@ -9,18 +9,15 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from detectron2.utils import comm
 
-__all__ = ["LOCK_NAME", "LOCK_VARIABLE", "claimed", "config_restored"]
-
-LOCK_NAME = "lock"
-# Of the environment: the descriptor of a lock that the program which started this one holds for it.
-LOCK_VARIABLE = "CBBL_D2_LOCK"
+__all__ = ["claimed", "config_restored"]
 
 
 @contextlib.contextmanager
 def claimed(folder: str) -> Iterator[None]:
     """
     Make a folder and lock it, so that a second training in it ends in one line. The system releases
-    the lock when this process ends, by whatever cause.
+    the lock when this process ends, by whatever cause: it is of this process alone, and not of the
+    workers of its data loader, which outlive it for some seconds.
 
     Raises:
         UserError: the folder cannot be written to, or another process holds the lock.
@@ -28,7 +25,7 @@ def claimed(folder: str) -> Iterator[None]:
     if not comm.is_main_process():  # of several, which share the folder
         yield
         return
-    path = os.path.join(folder, LOCK_NAME)
+    path = os.path.join(folder, ".lock")
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(path, "a")  # noqa: SIM115
@@ -37,25 +34,16 @@ def claimed(folder: str) -> Iterator[None]:
             f"OUTPUT_DIR {folder}: cannot be written to ({e.strerror or e}): choose another one"
         ) from e
     with lock:
-        if not _is_inherited(lock.fileno()):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise UserError(
-                    f"OUTPUT_DIR {folder}: another training is writing to it: wait for that one, "
-                    "or choose another OUTPUT_DIR"
-                ) from e
-            except OSError:
-                pass  # a file system without locks
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise UserError(
+                f"OUTPUT_DIR {folder}: another training is writing to it: wait for that one, or "
+                "choose another OUTPUT_DIR"
+            ) from e
+        except OSError:
+            pass  # a file system without locks
         yield
-
-
-def _is_inherited(lock: int) -> bool:
-    inherited = os.environ.get(LOCK_VARIABLE, "")
-    try:
-        return os.path.samestat(os.fstat(int(inherited)), os.fstat(lock))
-    except (ValueError, OSError):
-        return False
 
 
 @contextlib.contextmanager
