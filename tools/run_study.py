@@ -30,46 +30,34 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Dict, List, Tuple
+from typing import IO, Dict, List, Tuple
 
 import tqdm
+from cbbl_d2.analysis import study_table
 from cbbl_d2.analysis.gradient_table import gradients_of
-from cbbl_d2.analysis.study import Run, Study, all_results, load_study
+from cbbl_d2.analysis.study import Run, Study, load_study
 from cbbl_d2.analysis.study_record import changed_settings, commit
-from cbbl_d2.analysis.study_table import (
-    as_csv,
-    as_markdown,
-    budgets,
-    plot,
-    plot_budgets,
-    summarize,
-)
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
 from cbbl_d2.messages import listed
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_net.py")
 
 
 def command(run: Run) -> List[str]:
-    what, options = "--resume", []
-    if run.evaluation:
-        what, options = "--eval-only", ["MODEL.WEIGHTS", run.weights]
-    return [
-        *(sys.executable, TRAIN_NET, "--config-file", run.config, what),
-        *run.overrides,
-        *options,
-        *("SEED", str(run.seed), "OUTPUT_DIR", run.folder),
-    ]
+    what = "--eval-only" if run.evaluation else "--resume"
+    weights = ["MODEL.WEIGHTS", run.weights] if run.evaluation else []
+    where = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder]
+    program = [sys.executable, TRAIN_NET, "--config-file", run.config, what]
+    return [*program, *run.overrides, *weights, *where]
 
 
 def check_unchanged(run: Run) -> None:
     """A folder belongs to one config: results of another would be taken for this one's."""
     path = os.path.join(run.folder, "study_config.yaml")
     if not os.path.exists(path):
-        os.makedirs(run.folder, exist_ok=True)
-        with atomic_write(path, "w") as f:
+        with open_whole(path) as f:
             f.write(run.settings)
         return
     with open(path) as f:
@@ -125,31 +113,27 @@ def is_done(study: Study, run: Run) -> bool:
     found = study.records.find(run)
     if found is None:
         return False
-    unread = study.test_set and not study.records.is_sealed(run, study.test_set)
+    unread = study.test_set and not study.records.find_sealed(run, study.test_set)
     # What the study has got later is made up for where the weights are.
     return not (unread or found.missing) or not os.path.isfile(run.weights)
 
 
-def stages(study: Study, run: Run) -> List[Run]:
-    """A training and its evaluations, in their order."""
-    found = [run, *run.evaluations]
-    if study.test_set:
-        sealed = run.sealed(study.test_set)
-        found += [sealed, *sealed.evaluations]
-    return found
+def on_test_set(study: Study, run: Run) -> List[Run]:
+    """The evaluations of a run that stay unread, in their order."""
+    sealed = study.test_set and run.sealed(study.test_set)
+    return [sealed, *sealed.evaluations] if sealed else []
 
 
 def record(study: Study, run: Run, jobs: int) -> None:
-    if study.test_set:
-        sealed = run.sealed(study.test_set)
-        study.records.seal(run, study.test_set, all_results(sealed), sealed.folder)
+    sealed = on_test_set(study, run)
+    if sealed:
+        study.records.seal(run, study.test_set, sealed[0].all_results(), sealed[0].folder)
     found = study.records.find(run)
     if found is None or found.missing:
-        results = {**all_results(run), **gradients_of(run)}
+        results = {**run.all_results(), **gradients_of(run)}
         study.records.add(run, results, run.folder, num_threads(jobs))
-    if study.test_set:  # last: what was sealed stands in readable logs, too
-        for part in (sealed, *sealed.evaluations):
-            shutil.rmtree(part.folder, ignore_errors=True)
+    for part in sealed:  # last: what was sealed stands in readable logs, too
+        shutil.rmtree(part.folder, ignore_errors=True)
 
 
 def train(study: Study, jobs: int) -> List[Run]:
@@ -166,13 +150,14 @@ def train(study: Study, jobs: int) -> List[Run]:
 
         def proceed(run: Run) -> None:
             """Start what is to be done next, or record the run."""
-            stage = next((s for s in stages(study, run) if s.results() is None), None)
+            stages = [run, *run.evaluations, *on_test_set(study, run)]
+            stage = next((s for s in stages if s.results() is None), None)
             if stage is not None:
                 running[run] = stage, start(stage, jobs)
                 return
             record(study, run, jobs)
             ap = study.results(run).get(study.metrics[0], float("nan"))
-            bar.write(f"{run.name}, seed {run.seed}: {study.metrics[0]} {ap:.1f}")
+            bar.write(f"{run}: {study.metrics[0]} {ap:.1f}")
 
         try:
             while waiting or running:
@@ -185,13 +170,12 @@ def train(study: Study, jobs: int) -> List[Run]:
                     del running[run]
                     if process.returncode != 0 or stage.results() is None:
                         failed.append(run)
-                        bar.write(f"{run.name}, seed {run.seed}: FAILED: {last_line(stage)}")
+                        bar.write(f"{run}: FAILED: {last_line(stage)}")
                     else:
                         proceed(run)
+                unfinished = {*waiting, *running, *failed}
                 done = sum(
-                    run.max_iter
-                    if run not in waiting and run not in running and run not in failed
-                    else min(run.last_iteration(), run.max_iter)
+                    min(run.last_iteration(), run.max_iter) if run in unfinished else run.max_iter
                     for run in study.runs
                 )
                 if done > bar.n:  # or a log file would get a line each second
@@ -206,22 +190,26 @@ def train(study: Study, jobs: int) -> List[Run]:
 
 
 def write_table(study: Study) -> None:
-    rows = summarize(study)
+    rows = study_table.summarize(study)
     if not rows:
         print(f"{study.output}: no run is finished yet")
         return
-    os.makedirs(study.output, exist_ok=True)
-    for name, text in (("table.md", as_markdown(study, rows)), ("table.csv", as_csv(study, rows))):
-        with atomic_write(os.path.join(study.output, name), "w") as f:
-            f.write(text)
-    with atomic_write(os.path.join(study.output, "plot.png"), "wb") as f:
-        plot(study, rows, f)
-    more = ""
-    if budgets(study):
+
+    def create(name: str, mode: str = "w") -> contextlib.AbstractContextManager[IO]:
+        return open_whole(os.path.join(study.output, name), mode)
+
+    table, more = study_table.as_markdown(study, rows), ""
+    with create("table.md") as f:
+        f.write(table)
+    with create("table.csv") as f:
+        f.write(study_table.as_csv(study, rows))
+    with create("plot.png", "wb") as f:
+        study_table.plot(study, rows, f)
+    if study_table.budgets(study):
+        with create("budget.png", "wb") as f:
+            study_table.plot_budgets(study, f)
         more = ", budget.png"
-        with atomic_write(os.path.join(study.output, "budget.png"), "wb") as f:
-            plot_budgets(study, f)
-    print(as_markdown(study, rows))
+    print(table)
     print(f"Written to {study.output}: table.md, table.csv, plot.png{more}")
 
 
@@ -263,7 +251,7 @@ def main() -> None:
     if args.open_test:
         opened = study.opened()
         write_table(opened)
-        unread = [f"{r.name}, seed {r.seed}" for r in study.runs if opened.results(r) is None]
+        unread = [run for run in study.runs if opened.measured(run) is None]
         if unread:
             raise UserError(
                 f"{study.output}: {listed(unread)} {'was' if len(unread) == 1 else 'were'} not "

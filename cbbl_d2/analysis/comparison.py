@@ -6,13 +6,16 @@ losses, and in which config keys they differ.
 import dataclasses
 import math
 import os
+import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import yaml
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import short
 
+from .markdown import markdown_table
 from .study import read_metrics
 from .study_record import flatten
 
@@ -20,7 +23,7 @@ __all__ = ["Training", "as_markdown", "differing_keys", "plot", "read_training",
 
 _METRICS = AP_COLUMNS[:5]  # there are no large objects in many a data set of small ones
 # Where a training writes is no setting of it.
-_NOT_COMPARED = ("OUTPUT_DIR", "VERSION", "train.output_dir")
+_NOT_COMPARED = {"OUTPUT_DIR", "VERSION", "train.output_dir"}
 _UNSET = "-"
 _ABSENT = object()
 _MAX_PLOTTED_LOSSES = 7
@@ -37,7 +40,16 @@ class Training:
     iteration bears the number of iterations."""
     settings: dict[str, object]
     """Dotted config key -> value; empty without a ``config.yaml``."""
-    is_finished: bool
+
+    @property
+    def is_finished(self) -> bool:
+        """
+        Whether its last checkpoint is there, and is none of an earlier training in the folder. (Of
+        a config that Detectron2 scales, the file has the number of iterations before scaling.)
+        """
+        is_scaled = self.settings.get("SOLVER.REFERENCE_WORLD_SIZE", 0) != 0
+        is_long_enough = is_scaled or self.last_iteration >= (self.max_iter or 0)
+        return is_long_enough and os.path.isfile(os.path.join(self.folder, "model_final.pth"))
 
     @property
     def last_iteration(self) -> int:
@@ -52,8 +64,8 @@ class Training:
     @property
     def time(self) -> float:
         """Median over the logged iterations of the seconds of one; NaN before the first line."""
-        times = sorted(row["time"] for row in self.rows.values() if "time" in row)
-        return times[len(times) // 2] if times else math.nan
+        _, times = self.curve("time")
+        return statistics.median_high(times) if times else math.nan
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Iterations and values of ``key``, where it was logged."""
@@ -62,24 +74,20 @@ class Training:
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Number of iterations before -> "AP", "AP50" ... of boxes, on the first test set."""
-        prefix = self._prefix() + "bbox/"
+        logged = [key for row in self.rows.values() for key in row if key.endswith("bbox/AP")]
+        # With several test sets Detectron2 writes their names before "bbox/AP".
+        names = self.settings.get("DATASETS.TEST") or []
+        candidates = ["bbox/AP", *(f"{name}/bbox/AP" for name in names), *logged]
+        ap = next((key for key in candidates if key in logged), "bbox/AP")
+        prefix = ap.removesuffix("AP")
         found = {}
         for iteration, row in self.rows.items():
-            if f"{prefix}AP" in row:
+            if ap in row:
                 # The last evaluation bears the number of iterations, others count from 0.
                 done = iteration if iteration >= self.last_iteration else iteration + 1
                 boxes = [key for key in row if key.startswith(prefix)]
                 found[done] = {key.removeprefix(prefix): row[key] for key in boxes}
         return found
-
-    def _prefix(self) -> str:
-        """Before "bbox/AP": with several test sets Detectron2 writes their names."""
-        keys = [key for row in self.rows.values() for key in row if key.endswith("bbox/AP")]
-        if not keys or "bbox/AP" in keys:
-            return ""
-        names = self.settings.get("DATASETS.TEST") or []
-        first = [f"{name}/" for name in names if f"{name}/bbox/AP" in keys]
-        return first[0] if first else keys[0].removesuffix("bbox/AP")
 
 
 def read_trainings(folders: Sequence[str], labels: Sequence[str] | None = None) -> list[Training]:
@@ -127,19 +135,12 @@ def read_training(folder: str, label: str | None = None) -> Training:
         rows.setdefault(iteration, {}).update(numbers)
     if not rows:
         raise UserError(f"{folder}/metrics.json: has no line with an iteration: not of a training")
-    training = Training(
+    return Training(
         label=label or os.path.basename(os.path.abspath(folder)),
         folder=folder,
         rows=dict(sorted(rows.items())),
         settings=_read_settings(os.path.join(folder, "config.yaml")),
-        is_finished=os.path.isfile(os.path.join(folder, "model_final.pth")),
     )
-    # The last checkpoint may be that of an earlier training. (Of a config that Detectron2 scales,
-    # the file has the number of iterations before scaling.)
-    is_scaled = training.settings.get("SOLVER.REFERENCE_WORLD_SIZE", 0) != 0
-    if not is_scaled and training.last_iteration < (training.max_iter or 0):
-        training = dataclasses.replace(training, is_finished=False)
-    return training
 
 
 def differing_keys(trainings: Sequence[Training]) -> dict[str, list[str]]:
@@ -149,9 +150,7 @@ def differing_keys(trainings: Sequence[Training]) -> dict[str, list[str]]:
     """
     known = [t.settings for t in trainings if t.settings]
     differing = {}
-    for key in sorted({key for settings in known for key in settings}):
-        if key in _NOT_COMPARED:
-            continue
+    for key in sorted(set().union(*known) - _NOT_COMPARED):
         values = [settings.get(key, _ABSENT) for settings in known]
         if any(value != values[0] for value in values):
             differing[key] = [_text(t.settings.get(key, _ABSENT)) for t in trainings]
@@ -163,7 +162,7 @@ def as_markdown(trainings: Sequence[Training]) -> str:
     Two tables: the last and the best evaluation (that of the highest AP) of each training with its
     time and its iterations; and the config keys in which they differ.
     """
-    table = [["run", "evaluated after", *_METRICS, "s/iteration", "iterations"]]
+    table = []
     for training in trainings:
         # Detectron2 may have scaled the number of the config (SOLVER.REFERENCE_WORLD_SIZE).
         is_known = training.max_iter is not None and training.last_iteration <= training.max_iter
@@ -176,19 +175,20 @@ def as_markdown(trainings: Sequence[Training]) -> str:
             continue
         last = max(evaluations)
         # NaN is what an evaluation without any detection gives.
-        best = max(evaluations, key=lambda i: (_or_minus_one(evaluations[i]["AP"]), i))
+        best = max(evaluations, key=lambda i: (np.nan_to_num(evaluations[i]["AP"], nan=-1.0), i))
         rows = [("last", last), ("best", best)] if best != last else [("last, best", last)]
         for name, done in rows:
             numbers = [_number(evaluations[done].get(m, math.nan)) for m in _METRICS]
             table.append([training.label, f"{done} ({name})", *numbers, *cost])
-    text = _markdown(table)
+    header = ["run", "evaluated after", *_METRICS, "s/iteration", "iterations"]
+    text = markdown_table(header, table)
     without = [t.label for t in trainings if not t.settings]
     if without:
         text += f"\nNo config.yaml: {', '.join(without)}.\n"
     differing = differing_keys(trainings)
     if differing:
         rows = [[f"`{key}`", *values] for key, values in differing.items()]
-        text += "\n" + _markdown([["config key", *(t.label for t in trainings)], *rows])
+        text += "\n" + markdown_table(["config key", *(t.label for t in trainings)], rows)
     elif len(trainings) - len(without) > 1:
         text += "\nThe configs are alike.\n"
     return text
@@ -202,32 +202,24 @@ def plot(trainings: Sequence[Training], path) -> None:
     Args:
         path: file name, or a binary file to write to.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses = dict.fromkeys(
-        key
-        for training in trainings
-        for row in training.rows.values()
-        for key in row
-        if key == "total_loss" or key.startswith("loss_")
-    )
-    losses = sorted(losses, key=lambda key: (key != "total_loss", key))[:_MAX_PLOTTED_LOSSES]
+    logged = set().union(*(row for training in trainings for row in training.rows.values()))
+    losses = [key for key in sorted(logged) if key.startswith("loss_")]
+    losses = [*logged & {"total_loss"}, *losses][:_MAX_PLOTTED_LOSSES]
     panels = ["AP", "APvs", *losses]
     columns = min(3, len(panels))
     num_rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * num_rows))
-    FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels):
         for number, training in enumerate(trainings):
             if panel in losses:
-                iterations, values = training.curve(panel)
+                (iterations, values), style = training.curve(panel), "-"
             else:
-                evaluations = training.evaluations()
+                evaluations, style = training.evaluations(), "o-"
                 iterations = list(evaluations)
-                values = [evaluations[i].get(panel, math.nan) for i in iterations]
-            style = "-" if panel in losses else "o-"
+                values = [row.get(panel, math.nan) for row in evaluations.values()]
             # Also without points, so that the legend names every training.
             label = training.label
             axis.plot(iterations, values, style, markersize=4, color=f"C{number % 10}", label=label)
@@ -252,17 +244,12 @@ def plot(trainings: Sequence[Training], path) -> None:
 
 def _labels(folders: Sequence[str]) -> list[str]:
     """What tells the paths apart: without the folders at both ends that all of them share."""
-    parts = [os.path.abspath(folder).split(os.sep) for folder in folders]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    shortest = min(map(len, parts))
-    start = 0
-    while start < shortest - 1 and len({p[start] for p in parts}) == 1:
-        start += 1
-    end = 0
-    while end < shortest - start - 1 and len({p[-1 - end] for p in parts}) == 1:
-        end += 1
-    return ["/".join(p[start : len(p) - end]) for p in parts]
+    paths = [os.path.abspath(folder).split(os.sep) for folder in folders]
+    for end in (0, -1):
+        while min(map(len, paths)) > 1 and len({path[end] for path in paths}) == 1:
+            for path in paths:
+                path.pop(end)
+    return ["/".join(path) for path in paths]
 
 
 def _read_settings(path: str) -> dict[str, object]:
@@ -297,13 +284,3 @@ def _text(value) -> str:
 
 def _number(value: float, digits: int = 1) -> str:
     return _UNSET if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _or_minus_one(value: float) -> float:
-    return -1.0 if math.isnan(value) else value
-
-
-def _markdown(table: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    lines.insert(1, "|" + "---|" * len(table[0]))
-    return "\n".join(lines) + "\n"

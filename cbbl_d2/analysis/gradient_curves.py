@@ -3,6 +3,7 @@ The gradient of L2, Smooth-L1, IoU, GIoU and C-BBL against how far the predicted
 boxes of several sizes: what makes small objects hard to localize, and what C-BBL changes.
 """
 
+import collections
 from typing import Dict, Sequence, Tuple
 
 import torch
@@ -60,8 +61,7 @@ def gradient_curves(
         L2 is half the squared difference and Smooth-L1 has beta 0, Detectron2's default.
     """
     transform = Box2BoxTransform(weights)
-    at_output = {name: [] for name in ("L2", "Smooth-L1", "IoU", "GIoU", "C-BBL")}
-    per_pixel = {name: [] for name in ("L2", "Smooth-L1", "IoU", "GIoU")}
+    at_output, per_pixel = collections.defaultdict(list), collections.defaultdict(list)
     for size in sizes:
         error = errors.detach().clone().requires_grad_()
         objects = error.new_tensor([0.0, 0.0, size, size]).repeat(len(error), 1)
@@ -122,7 +122,6 @@ def plot_gradient_curves(
     grid: torch.Tensor,
     *,
     largest_error: float = 8.0,
-    sizes: Sequence[float] = SIZES,
     weights: Tuple[float, float, float, float] = WEIGHTS,
     std: float = STD,
 ) -> None:
@@ -133,32 +132,24 @@ def plot_gradient_curves(
     Args:
         path: file name, or a binary file to write to.
         largest_error: in pixels; the curves begin at a hundredth of a pixel.
-        grid, sizes, weights, std: see :func:`gradient_curves`.
+        grid, weights, std: see :func:`gradient_curves`.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not to the end: there the smallest box just touches the object, and IoU has a kink.
     errors = torch.linspace(0.01, 0.999 * largest_error, 800)
-    rows = gradient_curves(errors, grid, sizes=sizes, weights=weights, std=std)
+    rows = gradient_curves(errors, grid, weights=weights, std=std)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(rows[0]), sharex=True)
     # From dark to light: small boxes are what this is about.
-    colors = colormaps["viridis"](torch.linspace(0, 0.9, len(sizes)).tolist())
-    for is_first, curves, row in zip((True, False), rows, axes):
-        for (name, gradients), axis in zip(curves.items(), row):
-            for gradient, size, color in zip(gradients, sizes, colors):
-                axis.plot(
-                    errors.numpy(),
-                    gradient.numpy(),
-                    color=color,
-                    linewidth=1.8,
-                    label=f"{size:g} px",
-                )
-            if is_first:
-                axis.set_title(name)
+    colors = colormaps["viridis"](torch.linspace(0, 0.9, len(SIZES)).tolist())
+    for axis, name in zip(axes[0], rows[0]):
+        axis.set_title(name)
+    for curves, row in zip(rows, axes):
+        for gradients, axis in zip(curves.values(), row):
+            for gradient, size, color in zip(gradients, SIZES, colors):
+                axis.plot(errors, gradient, color=color, linewidth=1.8, label=f"{size:g} px")
             axis.set_xlim(0, largest_error)
             axis.set_ylim(0, max(1.1 * gradients.max().item(), 1e-3))
             axis.grid(alpha=0.3)
@@ -173,22 +164,12 @@ def plot_gradient_curves(
     axes[0, 1].text(0.5 * largest_error, 0.97, "all sizes", ha="center", va="top")
     corner = axes[1, -1]
     corner.axis("off")
-    corner.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        title="side of the box",
-        ncols=2,
-        loc="upper center",
-        frameon=False,
-    )
-    corner.text(
-        0.5,
-        0.0,
+    legend = axes[0, 0].get_legend_handles_labels()
+    corner.legend(*legend, title="side of the box", ncols=2, loc="upper center", frameon=False)
+    notes = (
         f"offset $dx$: weight {weights[0]:g}\n"
         f"C-BBL: grid of {len(grid)} points over ±{grid[-1]:g};\n"
-        f"predicted $p$: label of the predicted $dx$,\nblurred by a Gaussian of width {std:g}",
-        transform=corner.transAxes,
-        ha="center",
-        va="bottom",
-        fontsize=9,
+        f"predicted $p$: label of the predicted $dx$,\nblurred by a Gaussian of width {std:g}"
     )
+    corner.text(0.5, 0, notes, transform=corner.transAxes, ha="center", va="bottom", fontsize=9)
     figure.savefig(path, dpi=150, format="png")

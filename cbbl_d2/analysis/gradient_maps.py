@@ -87,33 +87,27 @@ def plot_gradient_maps(
         columns: at least one.
         image_format: channel order of the images, cfg.INPUT.FORMAT; only "BGR" is turned around.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    blurred = {id(c): [_blur(x) for x in c.maps] for c in columns}
-    brightest = {}
-    for group in dict.fromkeys(c.group for c in columns):
-        maps = [x for c in columns if c.group == group for x in blurred[id(c)]]
-        values = torch.cat([x.flatten() for x in maps])
-        brightest[group] = float(np.quantile(values.numpy(), _BRIGHTEST)) or 1.0
+    groups: Dict[str, List[np.ndarray]] = {}
+    blurred = []
+    for column in columns:
+        maps = [gaussian_blur(x[None], kernel_size=9, sigma=_BLUR)[0].numpy() for x in column.maps]
+        blurred.append(maps)
+        groups.setdefault(column.group, []).extend(x.ravel() for x in maps)
+    brightest = {k: np.quantile(np.concatenate(v), _BRIGHTEST) or 1.0 for k, v in groups.items()}
 
-    size = 2.2
-    figure = Figure(
-        figsize=(size * (len(columns) + 1), size * len(records) + 0.9), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    size = 2.2 * (len(columns) + 1), 2.2 * len(records) + 0.9
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(records), len(columns) + 1, squeeze=False)
     drawn = {}
     for row, record in enumerate(records):
         pixels = record["image"].permute(1, 2, 0).byte().numpy()
         axes[row, 0].imshow(pixels[:, :, ::-1] if image_format == "BGR" else pixels)
-        for axis, column in zip(axes[row, 1:], columns):
+        for axis, column, maps in zip(axes[row, 1:], columns, blurred):
             drawn[column.group] = axis.imshow(
-                blurred[id(column)][row].numpy(),
-                cmap="inferno",
-                vmin=0,
-                vmax=brightest[column.group],
+                maps[row], cmap="inferno", vmin=0, vmax=brightest[column.group]
             )
         for axis in axes[row]:
             axis.set_xticks([])
@@ -124,9 +118,8 @@ def plot_gradient_maps(
                 axis.add_patch(
                     Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=0.6)
                 )
-    axes[0, 0].set_title("image", fontsize=9)
-    for axis, column in zip(axes[0, 1:], columns):
-        axis.set_title(column.title, fontsize=9)
+    for axis, title in zip(axes[0], ["image", *(column.title for column in columns)]):
+        axis.set_title(title, fontsize=9)
     for group, image in drawn.items():
         below = [axes[-1, 1 + i] for i, c in enumerate(columns) if c.group == group]
         # With a format of its own: a common factor would stand in the label.
@@ -136,7 +129,3 @@ def plot_gradient_maps(
         bar.set_label("|gradient| at a pixel")
         bar.ax.tick_params(labelsize=8)
     figure.savefig(path, dpi=150, format="png", bbox_inches="tight")
-
-
-def _blur(values: torch.Tensor) -> torch.Tensor:
-    return gaussian_blur(values[None], kernel_size=9, sigma=_BLUR)[0]

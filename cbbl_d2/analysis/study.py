@@ -24,9 +24,9 @@ What a study consists of, and what of it is done. A study is a YAML file:
 import dataclasses
 import json
 import os
+import statistics
 from typing import Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import yaml
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered
@@ -81,8 +81,10 @@ class Run:
     settings: str  # the whole config, as YAML
     evaluations: Tuple["Run", ...] = ()
     evaluation: str = ""
-    options: Tuple[str, ...] = ()  # of an evaluation: what it changes
     trained_in: str = ""  # of an evaluation: the folder of the training
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def cfg(self) -> CfgNode:
@@ -95,26 +97,28 @@ class Run:
         """The last checkpoint of the training."""
         return os.path.join(self.trained_in or self.folder, "model_final.pth")
 
-    def evaluated(self, name: str, overrides: Sequence[str]) -> "Run":
-        """The evaluation of its last checkpoint with some keys changed."""
+    def evaluated(self, folder: str, overrides: Sequence[str], name: str = "") -> "Run":
+        """
+        The evaluation of its last checkpoint with some keys changed.
+
+        Args:
+            folder: in its own.
+            name: of the evaluation; by default that of the folder.
+        """
         return dataclasses.replace(
             self,
-            folder=os.path.join(self.folder, name),
+            folder=os.path.join(self.folder, folder),
             overrides=(*self.overrides, *overrides),
-            options=tuple(overrides),
             evaluations=(),
-            evaluation=name,
+            evaluation=name or folder,
             trained_in=self.trained_in or self.folder,
         )
 
     def sealed(self, test_set: str) -> "Run":
         """Its evaluation, and its further ones, on the data set that nobody is to read yet."""
         there = on_test_set(test_set)
-        further = (
-            dataclasses.replace(e.evaluated(SEALED, there), evaluation=e.evaluation)
-            for e in self.evaluations
-        )
-        return dataclasses.replace(self.evaluated(SEALED, there), evaluations=tuple(further))
+        further = tuple(e.evaluated(SEALED, there, e.evaluation) for e in self.evaluations)
+        return dataclasses.replace(self.evaluated(SEALED, there), evaluations=further)
 
     def last_iteration(self) -> int:
         """Number of iterations that ``metrics.json`` tells of; 0 before the first lines."""
@@ -137,14 +141,26 @@ class Run:
         ]
         if not final:
             return None
-        times = sorted(line["time"] for line in lines if "time" in line)
         results = {k: v for k, v in final[-1].items() if isinstance(v, (int, float))}
-        return {**results, "time": times[len(times) // 2]} if times else results
+        times = [line["time"] for line in lines if "time" in line]
+        return {**results, "time": statistics.median_high(times)} if times else results
+
+    def all_results(self) -> Optional[Dict[str, float]]:
+        """
+        :meth:`results` with those of its further evaluations as ``voting/bbox/AP``; None if one of
+        them is not finished.
+        """
+        results = self.results()
+        for evaluation in self.evaluations:
+            more = evaluation.results()
+            if results is None or more is None:
+                return None
+            results.update({f"{evaluation.evaluation}/{k}": more[k] for k in more if "/AP" in k})
+        return results
 
     def _lines(self) -> List[Dict]:
-        if self.evaluation:  # where train_net.py --eval-only writes
-            return read_metrics(os.path.join(self.folder, "inference"))
-        return read_metrics(self.folder)
+        # train_net.py --eval-only writes into the second one.
+        return read_metrics(os.path.join(self.folder, "inference" if self.evaluation else ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +171,8 @@ class Study:
         baselines: for each name of a run the name of the run that it is compared with.
         records: of the finished runs, here and on other machines.
         test_set: what is evaluated along and kept unread, or "".
+        opened_test: name and seed of a run -> what was kept unread, once it has been opened: then
+            the study has nothing else.
     """
 
     output: str
@@ -162,26 +180,28 @@ class Study:
     runs: List[Run]
     baselines: Dict[str, str]
     records: StudyRecords
-    test_set: str = ""
+    test_set: str
+    opened_test: Optional[Dict[Tuple[str, int], Record]] = None
 
     @property
     def names(self) -> List[str]:
         return list(dict.fromkeys(run.name for run in self.runs))
 
-    def results(self, run: Run) -> Optional[Dict[str, float]]:
+    def measured(self, run: Run) -> Optional[Record]:
         """
-        Of a run and its further evaluations, whose metrics begin with their name: those on record,
-        or those in its folder. None while it is not finished.
+        What is on record of a run, or stands in its folder, and that of its further evaluations,
+        whose metrics begin with their name. None while it is not finished.
         """
+        if self.opened_test is not None:
+            return self.opened_test.get((run.name, run.seed))
         record = self.records.find(run)
-        if record or self.records.are_all:
-            return record.metrics if record else None
-        return all_results(run)
+        results = None if record else run.all_results()
+        return Record(results) if results else record
 
-    def bootstrap(self, run: Run) -> Dict[str, np.ndarray]:
-        """Metric -> AP on each of the same resamples of images; empty where none is on record."""
-        record = self.records.find(run)
-        return record.bootstrap if record else {}
+    def results(self, run: Run) -> Optional[Dict[str, float]]:
+        """The metrics of :meth:`measured`."""
+        record = self.measured(run)
+        return record and record.metrics
 
     def evaluated_on(self, test_set: str) -> "Study":
         """
@@ -191,8 +211,8 @@ class Study:
         Raises:
             UserError: a run is not finished.
         """
-        unfinished = [f"{r.name}, seed {r.seed}" for r in self.runs if r.results() is None]
-        elsewhere = [r for r in self.runs if r.results() is None and self.records.find(r)]
+        unfinished = [r for r in self.runs if r.results() is None]
+        elsewhere = [r for r in unfinished if self.records.find(r)]
         if elsewhere:
             raise UserError(
                 f"{self.output}: {len(elsewhere)} runs are on record, but their weights are not "
@@ -222,45 +242,18 @@ class Study:
         """
         if not self.test_set:
             raise UserError(f"{self.output}: --open-test: the study has no key test_set")
-        opened = OpenedRecords(self.records, self.runs, self.test_set)
-        if not opened.by_run:
+        opened = {(r.name, r.seed): self.records.open_test(r, self.test_set) for r in self.runs}
+        if not any(opened.values()):
             raise UserError(
                 f"{self.output}: --open-test: no run has been evaluated on {self.test_set} yet"
             )
         output = os.path.join(self.output, self.test_set)
-        return dataclasses.replace(self, output=output, records=opened)
-
-
-class OpenedRecords:
-    """Stands in for :class:`StudyRecords` with what was kept unread."""
-
-    are_all = True
-
-    def __init__(self, records: StudyRecords, runs: Sequence[Run], test_set: str):
-        opened = {(run.name, run.seed): records.open_test(run, test_set) for run in runs}
-        self.by_run = {key: record for key, record in opened.items() if record is not None}
-
-    def find(self, run: Run) -> Optional[Record]:
-        return self.by_run.get((run.name, run.seed))
+        return dataclasses.replace(self, output=output, opened_test=opened)
 
 
 def on_test_set(test_set: str) -> Tuple[str, str]:
     """The overrides that evaluate on a data set."""
     return "DATASETS.TEST", f"('{test_set}',)"
-
-
-def all_results(run: Run) -> Optional[Dict[str, float]]:
-    """
-    The results of a run in its folder, with those of its further evaluations as ``voting/bbox/AP``;
-    None if one of them is not finished.
-    """
-    results = run.results()
-    for evaluation in run.evaluations:
-        more = evaluation.results()
-        if results is None or more is None:
-            return None
-        results.update({f"{evaluation.evaluation}/{k}": v for k, v in more.items() if "/AP" in k})
-    return results
 
 
 def load_study(path: str) -> Study:
@@ -281,7 +274,8 @@ def load_study(path: str) -> Study:
     for key in ("output", "results", "test_set"):
         if content.get(key) is not None and not isinstance(content[key], str):
             raise UserError(f"{path}: {key} = {content[key]!r}: must be a name")
-    if not content["output"]:
+    output = content["output"]
+    if not output:
         raise UserError(f"{path}: output is empty: name a folder")
     test_set = content.get("test_set") or ""
     seeds = content["seeds"]
@@ -292,63 +286,51 @@ def load_study(path: str) -> Study:
     if not (isinstance(content["runs"], dict) and content["runs"]):
         raise UserError(f"{path}: runs must map names to config files")
 
+    common = _words(path, "overrides", content.get("overrides"))
     runs, baselines = [], {}
     for name, entry in content["runs"].items():
-        entry = {"config": entry} if isinstance(entry, str) else entry
+        name, entry = str(name), {"config": entry} if isinstance(entry, str) else entry
         optional = {"overrides", "baseline", "evaluations"}
         _check_keys(f"{path}: run {name}", entry, {"config"}, optional)
         config = str(entry["config"])
-        overrides = tuple(
-            str(word)
-            for where in (content, entry)
-            for word in _list(path, "overrides", where.get("overrides"))
-        )
-        cfg = load_config(config, list(overrides))
+        overrides = common + _words(path, "overrides", entry.get("overrides"))
+        cfg = load_config(config, overrides)
         register_from_config(cfg)
         if test_set:
             check_registered(test_set, f"{path}: test_set")
         evaluations = _evaluations(path, entry.get("evaluations", content.get("evaluations")))
         for words in evaluations.values():
-            load_config(config, [*overrides, *words])  # what is wrong is said before any training
+            load_config(config, overrides + words)  # what is wrong is said before any training
         for seed in seeds:
-            folder = os.path.join(str(content["output"]), str(name), f"seed_{seed}")
+            folder = os.path.join(output, name, f"seed_{seed}")
             cfg.SEED, cfg.OUTPUT_DIR = seed, folder
             run = Run(
-                name=str(name),
+                name=name,
                 config=config,
                 seed=seed,
-                overrides=overrides,
+                overrides=tuple(overrides),
                 folder=folder,
                 max_iter=cfg.SOLVER.MAX_ITER,
                 settings=cfg.dump(),
             )
             # The folder is that of these overrides: with others it is another evaluation.
             further = tuple(
-                dataclasses.replace(
-                    run.evaluated(f"{key}-{short_hash(words)}", words), evaluation=key
-                )
+                run.evaluated(f"{key}-{short_hash(words)}", words, key)
                 for key, words in evaluations.items()
             )
             runs.append(dataclasses.replace(run, evaluations=further))
         baseline = entry.get("baseline", content.get("baseline"))
-        if baseline is not None and str(baseline) != str(name):
-            baselines[str(name)] = str(baseline)
+        if baseline is not None and str(baseline) != name:
+            baselines[name] = str(baseline)
     names = list(dict.fromkeys(run.name for run in runs))
     for name, baseline in baselines.items():
         if baseline not in names:
             raise UserError(
                 f"{path}: baseline {baseline} of {name} is none of the runs ({listed(names)})"
             )
-    metrics = _list(path, "metrics", content.get("metrics")) or list(METRICS)
-    output = str(content["output"])
-    return Study(
-        output,
-        [str(m) for m in metrics],
-        runs,
-        baselines,
-        StudyRecords(content.get("results") or os.path.join(output, "results")),
-        test_set,
-    )
+    metrics = _words(path, "metrics", content.get("metrics")) or list(METRICS)
+    records = StudyRecords(content.get("results") or os.path.join(output, "results"))
+    return Study(output, metrics, runs, baselines, records, test_set)
 
 
 def _evaluations(path: str, value) -> Dict[str, List[str]]:
@@ -360,15 +342,15 @@ def _evaluations(path: str, value) -> Dict[str, List[str]]:
     for name in map(str, value):
         if name in (SEALED, "inference") or not name.isidentifier():
             raise UserError(f"{path}: evaluations: {name!r} cannot be a name: use letters")
-    return {str(k): [str(w) for w in _list(path, f"evaluations.{k}", v)] for k, v in value.items()}
+    return {str(k): _words(path, f"evaluations.{k}", v) for k, v in value.items()}
 
 
-def _list(path: str, key: str, value) -> List:
+def _words(path: str, key: str, value) -> List[str]:
     if value is None:
         return []
     if not isinstance(value, list):
         raise UserError(f"{path}: {key} = {value!r}: must be a list, such as [{value}]")
-    return value
+    return [str(word) for word in value]
 
 
 def _check_keys(where: str, content, required: set, optional: set) -> None:

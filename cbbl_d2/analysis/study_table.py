@@ -11,7 +11,9 @@ import numpy as np
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed, plot_text
 
+from .markdown import markdown_table
 from .study import Study
+from .study_record import Record
 
 # Enough for the second digit of a percentile.
 _NUM_RESAMPLES = 10000
@@ -77,9 +79,12 @@ def summarize(study: Study) -> List[Dict]:
     Raises:
         UserError: a metric that no run has.
     """
-    runs = {(run.name, run.seed): run for run in study.runs}
-    results = {key: study.results(run) for key, run in runs.items()}
-    known = {key for r in results.values() if r is not None for key in r if "/" in key}
+    measured: Dict[str, Dict[int, Record]] = {name: {} for name in study.names}
+    for run in study.runs:
+        record = study.measured(run)
+        if record:
+            measured[run.name][run.seed] = record
+    known = {k for mine in measured.values() for r in mine.values() for k in r.metrics if "/" in k}
     for metric in study.metrics:
         if known and metric not in known:
             near = difflib.get_close_matches(metric, sorted(known), n=3, cutoff=0.3)
@@ -87,34 +92,28 @@ def summarize(study: Study) -> List[Dict]:
                 f"{study.output}: no run has the metric {metric}; there are {listed(near or known)}"
             )
     rows = []
-    for name in study.names:
-        mine = {seed: r for (n, seed), r in results.items() if n == name and r is not None}
+    for name, mine in measured.items():
         if not mine:
             continue
         baseline = study.baselines.get(name, "")
-        both = [s for s in mine if baseline and results[baseline, s] is not None]
+        others = measured.get(baseline, {})
+        both = [seed for seed in mine if seed in others]
         row = {"name": name, "baseline": baseline, "seeds": sorted(mine), "over": {}}
         for metric in study.metrics:
-            values = [r.get(metric, math.nan) for r in mine.values()]
+            values = [r.metrics.get(metric, math.nan) for r in mine.values()]
             row[metric] = float(np.mean(values))
             row[f"{metric} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
             if not both:
                 continue
             differences = [
-                mine[s].get(metric, math.nan) - results[baseline, s].get(metric, math.nan)
+                mine[s].metrics.get(metric, math.nan) - others[s].metrics.get(metric, math.nan)
                 for s in both
             ]
             row[f"{metric} diff"] = float(np.mean(differences))
-            vectors = [
-                {
-                    s: vector
-                    for s in both
-                    if (vector := study.bootstrap(runs[n, s]).get(metric)) is not None
-                }
-                for n in (name, baseline)
-            ]
-            if all(len(v) == len(both) for v in vectors):
-                low_high = resampled_interval(*vectors)
+            if all(metric in r.bootstrap for s in both for r in (mine[s], others[s])):
+                low_high = resampled_interval(
+                    *({s: records[s].bootstrap[metric] for s in both} for records in (mine, others))
+                )
                 row["over"][metric] = "images and seeds" if len(both) > 1 else "images"
             elif len(both) > 1:
                 low_high = bootstrap_interval(differences)
@@ -122,7 +121,7 @@ def summarize(study: Study) -> List[Dict]:
             else:
                 continue
             row[f"{metric} low"], row[f"{metric} high"] = low_high
-        row["time"] = float(np.median([r.get("time", math.nan) for r in mine.values()]))
+        row["time"] = float(np.median([r.metrics.get("time", math.nan) for r in mine.values()]))
         rows.append(row)
     return rows
 
@@ -134,7 +133,7 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
     if paired:
         header += [f"{_short(metric)} minus baseline [95 %]" for metric in study.metrics]
     header += ["s/iteration", "seeds"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    table = []
     for row in rows:
         cells = [row["name"]]
         for metric in study.metrics:
@@ -144,8 +143,8 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
         if paired:
             cells += [_difference(row, metric) for metric in study.metrics]
         time = "" if math.isnan(row["time"]) else f"{row['time']:.2f}"
-        cells += [time, ", ".join(map(str, row["seeds"]))]
-        lines.append("| " + " | ".join(cells) + " |")
+        table.append([*cells, time, ", ".join(map(str, row["seeds"]))])
+    text = markdown_table(header, table)
     for over in ("images and seeds", "images", "seeds"):
         names = []
         for row in rows:
@@ -153,8 +152,8 @@ def as_markdown(study: Study, rows: List[Dict]) -> str:
             partly = f" ({', '.join(metrics)})" if len(metrics) < len(row["over"]) else ""
             names += [f"{row['name']}{partly}"] if metrics else []
         if names:
-            lines += ["", f"Intervals of {', '.join(names)}: bootstrap over {over}."]
-    return "\n".join(lines) + "\n"
+            text += f"\nIntervals of {', '.join(names)}: bootstrap over {over}.\n"
+    return text
 
 
 def as_csv(study: Study, rows: List[Dict]) -> str:
@@ -178,23 +177,16 @@ def plot(study: Study, rows: List[Dict], path) -> None:
     Args:
         path: file name, or a binary file to write to.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     results = {(run.name, run.seed): study.results(run) for run in study.runs}
-    names = [row["name"] for row in rows]
-    figure = Figure(figsize=(3.2 * len(study.metrics) + 1.5, 0.4 * len(rows) + 1.3))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(study.metrics), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(study, 1.5, 0.4 * len(rows) + 1.3, sharey=True)
     for axis, metric in zip(axes, study.metrics):
         for y, row in enumerate(rows):
             values = [results[row["name"], seed].get(metric, math.nan) for seed in row["seeds"]]
             axis.plot(values, [y] * len(values), "o", alpha=0.45, color="tab:blue", markersize=5)
             axis.plot([row[metric]], [y], "|", markersize=16, markeredgewidth=2.5, color="black")
-        axis.set_title(_short(metric), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.set_ylim(len(rows) - 0.5, -0.5)
-    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     figure.tight_layout()
     figure.savefig(path, dpi=150, format="png")
 
@@ -225,29 +217,35 @@ def plot_budgets(study: Study, path) -> None:
     Args:
         path: file name, or a binary file to write to.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(study.metrics) + 0.5, 3.2))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(study.metrics), squeeze=False)[0]
+    curves = budgets(study)
+    ticks = sorted(set().union(*curves.values()))
+    figure, axes = _panels(study, 0.5, 3.2)
     for axis, metric in zip(axes, study.metrics):
-        for name, by_length in budgets(study).items():
+        for name, by_length in curves.items():
             lengths = sorted(by_length)
             values = [[r.get(metric, math.nan) for r in by_length[n]] for n in lengths]
             (line,) = axis.plot(lengths, [np.mean(v) for v in values], label=plot_text(name))
             for length, of_seeds in zip(lengths, values):
                 axis.plot([length] * len(of_seeds), of_seeds, "o", color=line.get_color())
         axis.set_xscale("log", base=2)
-        ticks = sorted({n for by_length in budgets(study).values() for n in by_length})
         axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.minorticks_off()
-        axis.set_title(_short(metric), fontsize=10)
         axis.set_xlabel("iterations")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150, format="png")
+
+
+def _panels(study: Study, margin: float, height: float, **options):
+    """A figure with a panel for each metric, and these panels; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(study.metrics) + margin, height))
+    axes = figure.subplots(1, len(study.metrics), squeeze=False, **options)[0]
+    for axis, metric in zip(axes, study.metrics):
+        axis.set_title(_short(metric), fontsize=10)
+    return figure, axes
 
 
 def _difference(row: Dict, metric: str) -> str:

@@ -23,7 +23,7 @@ In several processes, each has a loss of its own, and the gradient is that of th
 
 import functools
 import inspect
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 from cbbl_d2.compat import box_tensors
@@ -83,7 +83,7 @@ class GradientStats(HookBase):
             period: measure each iteration whose number, from 1, is a multiple of it; >= 1.
         """
         self._period = period
-        self._unwrap: List[Callable[[], None]] = []
+        self._wrapped: List[nn.Module] = []
         # By head, call of its losses, feature level. If a loss takes a gradient of its own with
         # respect to the predictions, that of the backward pass comes last and stays.
         self._measured: Dict[Tuple[str, int, int], _Gradients] = {}
@@ -91,36 +91,33 @@ class GradientStats(HookBase):
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self._period != 0:
             return
-        self._measured = {}
         scaler = getattr(getattr(self.trainer, "_trainer", None), "grad_scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         for name, head in _localization_heads(self.trainer.model):
             self._wrap(name, head, scale)
 
     def after_step(self) -> None:
-        if not self._unwrap:
+        if not self._wrapped:
             return
-        self._remove_wrappers()
         by_head: Dict[str, List[_Gradients]] = {}
-        for (name, _, _), gradients in self._measured.items():
+        for (name, _, _), gradients in self._unwrap().items():
             by_head.setdefault(name, []).append(gradients)
-        self._measured = {}
         local = {name: _merge(levels).cpu() for name, levels in by_head.items()}
         processes = comm.gather(local)  # empty on all but the main one
         for name in dict.fromkeys(name for process in processes for name in process):
-            self._log(
-                f"gradients/{name}",
-                _merge([process[name] for process in processes if name in process]),
-            )
+            parts = [process[name] for process in processes if name in process]
+            self._log(f"gradients/{name}", _merge(parts))
 
     def after_train(self) -> None:
         # If a step has raised, it had no after_step().
-        self._remove_wrappers()
-        self._measured = {}
+        self._unwrap()
 
-    def _remove_wrappers(self) -> None:
-        while self._unwrap:
-            self._unwrap.pop()()
+    def _unwrap(self) -> Dict[Tuple[str, int, int], "_Gradients"]:
+        """Returns what was measured since the heads were wrapped."""
+        while self._wrapped:
+            del self._wrapped.pop().losses
+        measured, self._measured = self._measured, {}
+        return measured
 
     def _wrap(self, name: str, head: nn.Module, scale: float) -> None:
         original = head.losses
@@ -143,7 +140,7 @@ class GradientStats(HookBase):
 
         # An attribute of the instance hides the method of its class, and deleting it undoes that.
         head.losses = losses
-        self._unwrap.append(functools.partial(delattr, head, "losses"))
+        self._wrapped.append(head)
 
     def _measure(self, key, foreground: "_Foreground", weight, scale, gradient) -> None:
         """A tensor hook; as it returns nothing, the gradient goes on as it is."""
@@ -288,18 +285,12 @@ def _foreground(head: nn.Module, arguments: Dict) -> Tuple[nn.Module, List[_Fore
     predictions = arguments["pred_anchor_deltas"]
     boxes = box_tensors(arguments["gt_boxes"])
     num_anchors = [x.shape[1] for x in predictions]
+    boxes, foreground = (x.split(num_anchors, dim=1) for x in (torch.stack(boxes), foreground))
     levels = []
-    for predictions_l, boxes_l, foreground_l in zip(
-        predictions,
-        torch.stack(boxes).split(num_anchors, dim=1),
-        foreground.split(num_anchors, dim=1),
-    ):
+    for level, boxes_l, foreground_l in zip(predictions, boxes, foreground):
         image, anchor = nonzero_tuple(foreground_l)
-        levels.append(
-            _Foreground(
-                predictions_l, predictions_l.shape, image, anchor, _sizes(boxes_l[image, anchor])
-            )
-        )
+        sizes = _sizes(boxes_l[image, anchor])
+        levels.append(_Foreground(level, level.shape, image, anchor, sizes))
     return layer, levels
 
 

@@ -56,12 +56,11 @@ def bootstrap_ap(
         coco_eval.params.maxDets = [max_detections]
         coco_eval.evaluate()
     params = coco_eval.params
-    images = list(params.imgIds)
     # evaluate() has matched each image by itself: a resample only counts the matches anew.
     matches = np.array(coco_eval.evalImgs, dtype=object).reshape(
-        len(params.catIds), len(_AREAS), len(images)
+        len(params.catIds), len(_AREAS), len(params.imgIds)
     )
-    groups = _groups(truth, images)
+    groups = _groups(truth, params.imgIds)
     rng = np.random.default_rng(seed)
     thresholds = np.round(params.iouThrs, 2).tolist()
     values = {name: np.full(num_resamples, np.nan) for name in _METRICS}
@@ -75,13 +74,13 @@ def bootstrap_ap(
             coco_eval.accumulate()
         precision = coco_eval.eval["precision"][..., -1]
         for name, (area, iou) in _METRICS.items():
-            p = precision[..., list(_AREAS).index(area)]
-            p = p if iou is None else p[[thresholds.index(iou)]]
-            values[name][i] = average_precision(p)
+            of_iou = slice(None) if iou is None else thresholds.index(iou)
+            of_area = list(_AREAS).index(area)
+            values[name][i] = average_precision(precision[of_iou, ..., of_area])
     return values
 
 
-def _groups(truth: COCO, images: List[int]) -> List[np.ndarray]:
+def _groups(truth: COCO, images: Sequence[int]) -> List[np.ndarray]:
     """Positions in ``images`` of those that are drawn together."""
     by_sequence: Dict[object, List[int]] = {}
     for position, image_id in enumerate(images):

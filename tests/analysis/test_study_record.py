@@ -140,9 +140,9 @@ def sealed_study(study_of, machine="here"):
 def test_the_test_set_stays_unread_until_it_is_opened(study_of):
     study = sealed_study(study_of)
     run = study.runs[0]
-    assert not study.records.is_sealed(run, study.test_set)
+    assert not study.records.find_sealed(run, study.test_set)
     study.records.seal(run, study.test_set, {"bbox/AP": 43.21, "lr": 1.0}, run.folder)
-    assert study.records.is_sealed(run, study.test_set) and not study.records.is_sealed(
+    assert study.records.find_sealed(run, study.test_set) and not study.records.find_sealed(
         study.runs[1], study.test_set
     )
     folder = study.records.folder
