@@ -12,3 +12,15 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A config key holds an impossible value. The message names key, value and what is allowed."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the program, which has put its things in order."""
+
+    def __init__(self, number: int, message: str = "interrupted"):
+        """
+        Args:
+            number: of the signal; the exit status is conventionally 128 more.
+        """
+        super().__init__(message)
+        self.exit_status = 128 + number

@@ -80,9 +80,9 @@ def one_line_errors(main: Callable) -> Callable:
         except UserError as e:
             print(f"error: {error_message(e)}", file=sys.stderr)
             sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as e:
+            print(str(e) or "interrupted", file=sys.stderr)
+            sys.exit(getattr(e, "exit_status", 130))
         except BrokenPipeError:
             # Python flushes stdout once more at the end: let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,9 +37,12 @@ class ResumeState(HookBase):
     def after_step(self) -> None:
         # Only the main process writes checkpoints: here all of them are still together.
         done = self.trainer.iter + 1
-        if comm.get_world_size() > 1 and (
-            done % self._checkpoint_period == 0 or done >= self.trainer.max_iter
-        ):
+        if done % self._checkpoint_period == 0 or done >= self.trainer.max_iter:
+            self.gather()
+
+    def gather(self) -> None:
+        """What each process has of its own, for a checkpoint of this iteration."""
+        if comm.get_world_size() > 1:
             self._local_of_all = comm.gather(self._local_state())
 
     def _local_state(self) -> Dict[str, Any]:

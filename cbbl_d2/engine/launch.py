@@ -1,15 +1,17 @@
 """Detectron2's ``launch``, on GPUs or on the CPU, whose processes end in one line together."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from typing import Any, Callable
 
 import torch
 from cbbl_d2.compat import needs_gpu_to_launch
-from cbbl_d2.errors import UserError
+from cbbl_d2.errors import Stopped, UserError
 from cbbl_d2.messages import count
 from detectron2.engine import default_setup
 from detectron2.engine import launch as detectron2_launch
@@ -18,9 +20,6 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .cli import error_message
-
-# Conventional exit status of a process that Ctrl-C has ended.
-_INTERRUPTED = 130
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -50,6 +49,19 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
     # When one process fails, the others fail in turn, having lost it. The first error is the cause.
     errors = multiprocessing.get_context("spawn").SimpleQueue()
+    received = []
+
+    def hand_on(number: int, _frame: Any) -> None:
+        # Ctrl-C reaches them as well, but a signal sent to this process alone does not. They end
+        # the training, and this process with it.
+        received.append(number)
+        for process in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, hand_on)
     try:
         detectron2_launch(
             _run_process,
@@ -59,14 +71,16 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             dist_url=args.dist_url,
             args=(main, args, errors),
         )
-    except KeyboardInterrupt:
-        _terminate_children()
-        raise
     except (ProcessExitedException, ProcessRaisedException) as e:
         if not errors.empty():
             raise UserError(errors.get()) from e
+        if received:
+            raise Stopped(received[0], "stopped") from e
         _explain(e, args)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
@@ -94,15 +108,10 @@ def _run_process(main: Callable, args: argparse.Namespace, errors) -> None:
     except UserError as e:
         errors.put(error_message(e))
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
-
-
-def _terminate_children() -> None:
-    # Ctrl-C reaches them as well, but a signal sent to this process alone does not: Python would
-    # wait for the end of their training.
-    for process in multiprocessing.active_children():
-        process.terminate()
+    except KeyboardInterrupt as e:
+        if comm.is_main_process() and str(e):
+            print(e, file=sys.stderr)
+        sys.exit(getattr(e, "exit_status", 128 + signal.SIGINT))
 
 
 def _explain(error: Exception, args: argparse.Namespace) -> None:
@@ -119,8 +128,8 @@ def _explain(error: Exception, args: argparse.Namespace) -> None:
             "choose a free one" + (", or --dist-url auto" if args.num_machines == 1 else "")
         ) from error
     if isinstance(error, ProcessExitedException):
-        if error.exit_code == _INTERRUPTED:
-            raise KeyboardInterrupt from error
+        if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Stopped(error.exit_code - 128, "stopped") from error
         if error.signal_name:
             raise UserError(
                 f"{error}, maybe for lack of memory: lower SOLVER.IMS_PER_BATCH, or go on with "

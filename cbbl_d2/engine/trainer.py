@@ -11,7 +11,7 @@ from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
 from cbbl_d2.data.dataset_checks import check_proposals, with_num_classes
 from cbbl_d2.data.train_loader import ResumableTrainLoader
-from cbbl_d2.errors import UserError
+from cbbl_d2.errors import Stopped, UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
 from detectron2.data import DatasetMapper, build_detection_test_loader
@@ -26,6 +26,7 @@ from .gradient_stats import GradientStats
 from .hooks import BestCheckpointer, ResumeState
 from .optimizer import build_optimizer, follow_config, optimizer_groups
 from .rng import preserve_rng
+from .stop import StopOnRequest, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class CBBLTrainer(DefaultTrainer):
     * with ``cfg.TEST.AUG.ENABLED``, one more evaluation after training, with test-time
       augmentation;
     * several processes on the CPU, where ``launch`` can start them;
+    * Ctrl-C and SIGTERM end a training with a checkpoint;
     * a training that has diverged ends in one line that names the losses and the images;
     * checkpoints that are never half written, and that hold all that a resumed run needs, on
       Detectron2 v0.6, which leaves out the optimizer, as on main.
@@ -60,11 +62,17 @@ class CBBLTrainer(DefaultTrainer):
             ret.insert(0, GradientStats(self.cfg.SOLVER.GRADIENT_STATS_PERIOD))
         after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
         # In these all processes take part.
-        added = [ResumeState(self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD)]
+        resume_state = ResumeState(self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        self._stop = StopRequest()
+        self._stop_hook = StopOnRequest(self._stop, resume_state)
+        added = [resume_state, self._stop_hook]
         if self.cfg.TEST.AUG.ENABLED and len(self.cfg.DATASETS.TEST) > 0:
             test = functools.partial(self.test_with_TTA, self.cfg, self.model)
             added.insert(0, hooks.EvalHook(0, test))
         ret[after_eval:after_eval] = added
+        for hook in ret:
+            if isinstance(hook, hooks.EvalHook):
+                hook._func = self._stop.at_once(hook._func)
         if not comm.is_main_process():
             return ret
         if len(self.cfg.DATASETS.TEST) > 0:
@@ -117,8 +125,13 @@ class CBBLTrainer(DefaultTrainer):
 
     def train(self):
         if self.start_iter < self.max_iter:
-            with user_errors_in_one_line():
-                return super().train()
+            with user_errors_in_one_line(), self._stop:
+                try:
+                    return super().train()
+                except Stopped:
+                    if self._stop.raised and self.iter < self.max_iter:
+                        self._stop_hook.stop(self._stop.number)
+                    raise
         # Resumed after its last iteration; its evaluation may not have been finished.
         logger.info(
             f"All {self.max_iter} iterations are done: evaluating. To train on, raise their number"
