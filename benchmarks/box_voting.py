@@ -11,10 +11,12 @@ several times; trains nothing.
 import argparse
 
 import torch
+from cbbl_d2.analysis.markdown import markdown_table
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_datasets, set_num_classes
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
 from cbbl_d2.errors import UserError
+from cbbl_d2.inference.arguments import add_opts
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", required=True, help="checkpoint")
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2])
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
+    add_opts(parser)
     args = parser.parse_args()
 
     cfg = load_config(args.config_file, ["OUTPUT_DIR", "output/box_voting", *args.opts])
@@ -82,16 +84,15 @@ def main() -> None:
         predictor.inference = inference
         if knows_variances:
             predictor.voting_sigma = sigma if by_variance else 0.0
-        return CBBLTrainer.test(cfg, model)["bbox"]
+        results = CBBLTrainer.test(cfg, model)["bbox"]
+        return [f"{results[m]:.2f}" for m in METRICS]
 
-    rows = [("no voting", evaluate(0.0, False))]
+    rows = [["no voting", *evaluate(0.0, False)]]
     for sigma in args.sigma:
-        rows.append((f"voting, sigma {sigma:g}", evaluate(sigma, False)))
+        rows.append([f"voting, sigma {sigma:g}", *evaluate(sigma, False)])
         if knows_variances:
-            rows.append((f"variance voting, sigma {sigma:g}", evaluate(sigma, True)))
-    print(f"\n| {args.weights} | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
-    for name, results in rows:
-        print(f"| {name} | {' | '.join(f'{results[m]:.2f}' for m in METRICS)} |")
+            rows.append([f"variance voting, sigma {sigma:g}", *evaluate(sigma, True)])
+    print("\n" + markdown_table([args.weights, *METRICS], rows), end="")
 
 
 if __name__ == "__main__":

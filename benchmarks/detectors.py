@@ -10,10 +10,7 @@ Each model trains on one batch of its own config's data. Prints a Markdown table
 the ratios C-BBL / stock and their range.
 """
 
-import argparse
 import os
-import platform
-import statistics
 from typing import Dict, List, Tuple
 
 import torch
@@ -24,7 +21,7 @@ from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from head import inference, seconds, train_step
+from head import alternate, get_parser, inference, ratio, start, train_step
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "SmallShapes")
 PAIRS = (
@@ -52,18 +49,9 @@ def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
 def compare(stock: str, cbbl: str, rounds: int) -> str:
     """A row of the table."""
     models = {name: make_model(name) for name in (stock, cbbl)}
-    times = {(name, f): [] for name in models for f in (train_step, inference)}
-    for round_ in range(rounds + 1):
-        # Which comes first changes each round.
-        for name in list(models)[:: 1 if round_ % 2 else -1]:
-            for function in (train_step, inference):
-                time_ = seconds(function, *models[name])
-                if round_ > 0:  # the first warms up
-                    times[name, function].append(time_)
+    times = alternate(models, rounds)
     cells = [os.path.splitext(os.path.basename(cbbl))[0]]
-    for function in (train_step, inference):
-        ratios = [b / a for a, b in zip(times[stock, function], times[cbbl, function])]
-        cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    cells += [ratio(times[stock, f], times[cbbl, f]) for f in (train_step, inference)]
     counts = [sum(p.numel() for p in models[name][0].parameters()) for name in (stock, cbbl)]
     cells.append(f"{counts[0] / 1e6:.3f} M")
     cells.append(f"{counts[1] / 1e6:.3f} M ({counts[1] / counts[0]:.3f})")
@@ -72,13 +60,7 @@ def compare(stock: str, cbbl: str, rounds: int) -> str:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
-    )
+    parser = get_parser(__doc__, rounds=9)
     parser.add_argument(
         "--pairs",
         nargs="+",
@@ -90,12 +72,7 @@ def main() -> None:
     if len(files) % 2 != 0:
         raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
 
-    torch.set_num_threads(args.threads)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"{where}, threads: {args.threads}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {args.rounds} rounds"
-    )
+    print(f"{start(args.threads)}, {args.rounds} rounds")
     print("| C-BBL config | training step | inference | parameters, stock | parameters, C-BBL |")
     print("|---|---|---|---|---|")
     pairs = list(zip(files[::2], files[1::2]))

@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Tuple
 
 import torch
 import tqdm
@@ -29,10 +29,33 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
-PYTHON = platform.python_version()
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
 STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
 CBBL = os.path.join(CONFIGS, "cbbl_faster_rcnn_R_50_FPN_1x.yaml")
+
+
+def get_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """With the options that the benchmarks of detectors share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="timed rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    return parser
+
+
+def start(threads: int) -> str:
+    """Sets the number of threads. Returns what it is run with, for the first line."""
+    torch.set_num_threads(threads)
+    where = platform.processor() or "CPU"
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    version = platform.python_version()
+    return f"{where}, threads: {threads}, torch {torch.__version__}, Python {version}"
 
 
 def make_model(config_file: str, class_specific: bool) -> torch.nn.Module:
@@ -96,13 +119,40 @@ def peak_memory(config_file: str, class_specific: bool, size: List[int], threads
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**10
 
 
-def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> None:
+def alternate(
+    models: Dict[str, Tuple[torch.nn.Module, List[Dict]]], rounds: int
+) -> Dict[Tuple[str, Callable], List[float]]:
+    """
+    Args:
+        models: name -> model and its inputs.
+
+    Returns:
+        for each model and :func:`train_step` or :func:`inference`, the seconds in each round.
+    """
+    steps = [
+        (round_, name, function)
+        for round_ in range(rounds + 1)
+        for name in list(models)[:: 1 if round_ % 2 else -1]  # which comes first changes each round
+        for function in (train_step, inference)
+    ]
+    times = {(name, f): [] for name in models for f in (train_step, inference)}
+    for round_, name, function in tqdm.tqdm(steps, "alternating", leave=False, disable=None):
+        time_ = seconds(function, *models[name])
+        if round_ > 0:  # the first warms up
+            times[name, function].append(time_)
+    return times
+
+
+def ratio(stock: List[float], cbbl: List[float]) -> str:
     """Median of the ratios of each round, so that a slow spell of the machine hits both sides."""
     ratios = [b / a for a, b in zip(stock, cbbl)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> None:
     print(
         f"{name:<18} stock {statistics.median(stock):10.2f} {unit:<4} "
-        f"C-BBL {statistics.median(cbbl):10.2f} {unit:<4} "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+        f"C-BBL {statistics.median(cbbl):10.2f} {unit:<4} ratio {ratio(stock, cbbl)}",
         flush=True,
     )
 
@@ -110,17 +160,7 @@ def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> N
 def compare_models(args: argparse.Namespace) -> None:
     models = {name: make_model(name, args.class_specific) for name in (STOCK, CBBL)}
     inputs = make_inputs(*args.size)
-    times = {(name, f): [] for name in models for f in (train_step, inference)}
-    steps = tqdm.tqdm(total=(args.rounds + 1) * 4, desc="alternating", leave=False, disable=None)
-    for round_ in range(args.rounds + 1):
-        # Which comes first changes each round.
-        for name in list(models)[:: 1 if round_ % 2 else -1]:
-            for function in (train_step, inference):
-                time_ = seconds(function, models[name], inputs)
-                if round_ > 0:  # the first warms up
-                    times[name, function].append(time_)
-                steps.update()
-    steps.close()
+    times = alternate({name: (model, inputs) for name, model in models.items()}, args.rounds)
     for label, function in (("training step", train_step), ("inference", inference)):
         show_ratio(label, times[STOCK, function], times[CBBL, function], "s")
     counts = {n: [sum(p.numel() for p in m.parameters()) / 1e6] for n, m in models.items()}
@@ -148,7 +188,8 @@ def dense_dfl(logits: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
     return -(label * F.log_softmax(logits, dim=-1)).sum()
 
 
-def compare_losses(num_boxes: int, num_intervals: int, rounds: int, device: str) -> None:
+def compare_losses(num_boxes: int, num_intervals: int, rounds: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = exponential_grid(5.0, 1.0, num_intervals).to(device)
     integers = torch.arange(num_intervals + 1.0, device=device)
     torch.manual_seed(0)
@@ -184,9 +225,7 @@ def compare_losses(num_boxes: int, num_intervals: int, rounds: int, device: str)
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = get_parser(__doc__, rounds=5)
     parser.add_argument(
         "--size",
         type=int,
@@ -195,29 +234,22 @@ def main() -> None:
         metavar=("H", "W"),
         help="of the image, in pixels (default: 800 1333)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument(
         "--memory-rounds", type=int, default=2, help="processes per model (default: 2)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
     )
     parser.add_argument("--class-specific", action="store_true", help="K * 4 outputs, both heads")
     parser.add_argument("--boxes", type=int, default=512, help="of the loss (default: 512)")
     parser.add_argument("--loss-only", action="store_true", help="leave out the models")
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    print(f"{where}, threads: {args.threads}, torch {torch.__version__}, Python {PYTHON}")
+    print(start(args.threads))
     if not args.loss_only:
         kind = "class-specific" if args.class_specific else "class-agnostic"
         print(f"Faster R-CNN R-50-FPN, one image of {args.size[0]}x{args.size[1]}, {kind}")
         compare_models(args)
     print(f"Loss + decoding of {args.boxes} boxes; 'stock' is dense one-hot DFL")
     for num_intervals in (5, 16):
-        compare_losses(args.boxes, num_intervals, max(args.rounds, 11), device)
+        compare_losses(args.boxes, num_intervals, max(args.rounds, 11))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ detections.
 
 import argparse
 import contextlib
+import functools
 import io
-import json
+import itertools
 import logging
 import os
 import tempfile
@@ -25,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 from cbbl_d2.data.coco_format import register_coco_format
+from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
@@ -81,35 +83,22 @@ def make_mosaics(dataset: str, number_of: int, size: int, folder: str) -> str:
             f"of {tile} or more"
         )
     margin = (size - per_side * tile) // 2
-    images, annotations = [], []
+    num_classes = 1 + max(a["category_id"] for r in records for a in r["annotations"])
+    coco = CocoWriter(numbered_categories([str(i) for i in range(num_classes)]))
     for i in range(number_of):
         canvas = np.full((size, size, 3), 128, dtype=np.uint8)
-        images.append({"id": i + 1, "file_name": f"{i}.png", "width": size, "height": size})
+        image_id = coco.add_image(f"{i}.png", size, size)
         for j, record in enumerate(records[i * per_mosaic : (i + 1) * per_mosaic]):
             y, x = (margin + tile * k for k in divmod(j, per_side))
-            canvas[y : y + record["height"], x : x + record["width"]] = cv2.imread(
-                record["file_name"]
-            )
+            image = cv2.imread(record["file_name"])
+            canvas[y : y + record["height"], x : x + record["width"]] = image
             for a in record["annotations"]:
-                left, top, width, height = BoxMode.convert(
-                    a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS
-                )
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i + 1,
-                        "category_id": a["category_id"] + 1,
-                        "bbox": [left + x, top + y, width, height],
-                        "area": width * height,
-                        "iscrowd": 0,
-                    }
-                )
+                box = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)
+                left, top, width, height = box
+                coco.add_object(image_id, a["category_id"] + 1, (left + x, top + y, width, height))
         cv2.imwrite(os.path.join(folder, f"{i}.png"), canvas)
-    num_classes = 1 + max(a["category_id"] for r in records for a in r["annotations"])
-    categories = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
     path = os.path.join(folder, "annotations.json")
-    with open(path, "w") as f:
-        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
+    coco.write(path)
     return path
 
 
@@ -126,8 +115,9 @@ def recall_at_precision(
         recall of these objects at the lowest score whose precision is at least ``precision``, and
         this score; 0 and infinity where there is none.
     """
+    nothing = 0.0, float("inf")
     if not detections:
-        return 0.0, float("inf")
+        return nothing
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(json_file)
         evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
@@ -142,20 +132,16 @@ def recall_at_precision(
     scores, matches = scores[order], matches[order]
     good = np.flatnonzero((matches > 0).cumsum() >= precision * np.arange(1, len(matches) + 1))
     if not len(good):
-        return 0.0, float("inf")
+        return nothing
     small = {id for id, a in truth.anns.items() if a["area"] < side**2}
     num_found = len(small.intersection(matches[: good[-1] + 1].tolist()))
     return num_found / len(small), float(scores[good[-1]])
 
 
-def measure(
-    cfg: CfgNode, predictor: Callable, json_file: str, precision: float
-) -> tuple[dict, float, float, float, int]:
-    """Results of COCO, recall of small objects, its score, seconds for an image, detections."""
-    cfg = cfg.clone()
-    cfg.TEST.DETECTIONS_PER_IMAGE = MANY
+def measure(cfg: CfgNode, predictor: Callable, json_file: str, precision: float) -> list[str]:
+    """Of a row of the table: what stands beside the name of the predictor."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = build_coco_evaluator(cfg, NAME)
+        evaluator = build_coco_evaluator(changed(cfg, "TEST.DETECTIONS_PER_IMAGE", MANY), NAME)
     evaluator.reset()
     seconds = 0.0
     records = DatasetCatalog.get(NAME)
@@ -173,92 +159,89 @@ def measure(
     with contextlib.redirect_stdout(io.StringIO()):
         results = evaluator.evaluate()["bbox"]
     recall, score = recall_at_precision(json_file, detections, precision, SMALL)
-    return results, recall, score, seconds / len(records), len(detections)
+    values = [f"{results[key]:.1f}" for key in ("AP", "AP50", "APvs")]
+    values += [f"{100 * recall:.1f}", f"{score:.2f}", f"{len(detections)}"]
+    return [*values, f"{seconds / len(records):.1f}"]
 
 
-def build_merging(cfg: CfgNode, size: int, args: argparse.Namespace) -> Callable:
+def merging_predictor(cfg: CfgNode, size: int, args: argparse.Namespace) -> Callable:
     """sahi's own way to put slices together: overlapping boxes become their union."""
     from cbbl_d2.inference.sliced import CBBLDetectionModel
     from sahi.predict import get_sliced_prediction
 
-    def build() -> Callable:
-        model = CBBLDetectionModel(model=BatchPredictor(cfg), device=cfg.MODEL.DEVICE)
-        model.confidence_threshold = 0.0
+    model = CBBLDetectionModel(
+        model=BatchPredictor(cfg), device=cfg.MODEL.DEVICE, confidence_threshold=0.0
+    )
 
-        def predict(images: list[np.ndarray]) -> list[Instances]:
-            found = get_sliced_prediction(
-                images[0],
-                model,
-                size,
-                size,
-                args.overlap,
-                args.overlap,
-                perform_standard_pred=False,
-                force_postprocess_type=True,
-                batch_size=args.batch_size,
-                verbose=0,
-            ).object_prediction_list
-            return [
-                Instances(
-                    images[0].shape[:2],
-                    pred_boxes=Boxes(torch.tensor([x.bbox.to_xyxy() for x in found])),
-                    scores=torch.tensor([x.score.value for x in found]),
-                    pred_classes=torch.tensor([x.category.id for x in found]),
-                )
-            ]
+    def predict(images: list[np.ndarray]) -> list[Instances]:
+        found = get_sliced_prediction(
+            images[0],
+            model,
+            *(size, size),
+            *(args.overlap, args.overlap),
+            perform_standard_pred=False,
+            force_postprocess_type=True,
+            batch_size=args.batch_size,
+            verbose=0,
+        ).object_prediction_list
+        instances = Instances(images[0].shape[:2])
+        instances.pred_boxes = Boxes(torch.tensor([x.bbox.to_xyxy() for x in found]))
+        instances.scores = torch.tensor([x.score.value for x in found])
+        instances.pred_classes = torch.tensor([x.category.id for x in found])
+        return [instances]
 
-        return predict
+    return predict
 
-    return build
+
+def changed(cfg: CfgNode, *options) -> CfgNode:
+    """A copy with ``KEY, value, KEY, value ...``."""
+    cfg = cfg.clone()
+    cfg.merge_from_list(list(options))
+    return cfg
 
 
 def ways(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Callable[[], Callable]]:
     """What is compared: name -> function that builds the predictor."""
     from cbbl_d2.inference.sliced import SlicedPredictor
 
+    def sliced(cfg: CfgNode, size: int, **options) -> Callable[[], Callable]:
+        return lambda: SlicedPredictor(
+            BatchPredictor(cfg), size, args.overlap, args.batch_size, **options
+        )
+
     # A whole mosaic has a hundred times the objects of an image of the training. The limits of the
     # model must not be what is measured.
-    whole = cfg.clone()
-    whole.TEST.DETECTIONS_PER_IMAGE = MANY
-    for key in ("PRE_NMS_TOPK_TEST", "POST_NMS_TOPK_TEST"):
-        whole.MODEL.RPN[key] = 20000
-    full = whole.clone()
-    full.INPUT.MIN_SIZE_TEST = 0
-    own_limits = cfg.clone()
-    own_limits.INPUT.MIN_SIZE_TEST = 0
+    limits = ["TEST.DETECTIONS_PER_IMAGE", MANY]
+    limits += ["MODEL.RPN.PRE_NMS_TOPK_TEST", 20000, "MODEL.RPN.POST_NMS_TOPK_TEST", 20000]
+    all_pixels = ["INPUT.MIN_SIZE_TEST", 0]
+    own_size = changed(cfg, *all_pixels)
     result = {
-        f"whole, {cfg.INPUT.MIN_SIZE_TEST} px as configured": lambda: BatchPredictor(whole),
-        "whole, all pixels, limits of the config": lambda: BatchPredictor(own_limits),
-        "whole, all pixels, limits raised": lambda: BatchPredictor(full),
+        f"whole, {cfg.INPUT.MIN_SIZE_TEST} px as configured": changed(cfg, *limits),
+        "whole, all pixels, limits of the config": own_size,
+        "whole, all pixels, limits raised": changed(cfg, *limits, *all_pixels),
     }
+    result = {name: functools.partial(BatchPredictor, whole) for name, whole in result.items()}
     for size in args.slice:
-        sliced = cfg.clone()
-        sliced.INPUT.MIN_SIZE_TEST = 0
-
-        def build(size=size, cfg=sliced, **options):
-            return lambda: SlicedPredictor(
-                BatchPredictor(cfg), size, args.overlap, args.batch_size, **options
+        name = f"slices of {size} px"
+        result[name] = sliced(own_size, size, whole_image=False)
+        if not args.merging:
+            continue
+        for metric, threshold, drop in itertools.product(("IOU", "IOS"), (0.5, 0.7), (True, False)):
+            pieces = f"{'without' if drop else 'with'} pieces"
+            result[f"{name}, NMS {metric} {threshold}, {pieces}"] = sliced(
+                own_size,
+                size,
+                whole_image=False,
+                match_metric=metric,
+                match_threshold=threshold,
+                drop_pieces=drop,
             )
-
-        result[f"slices of {size} px"] = build(whole_image=False)
-        if args.merging:
-            for metric in ("IOU", "IOS"):
-                for threshold in (0.5, 0.7):
-                    for drop in (True, False):
-                        name = f"slices of {size} px, NMS {metric} {threshold}"
-                        result[f"{name}, {'without' if drop else 'with'} pieces"] = build(
-                            whole_image=False,
-                            match_metric=metric,
-                            match_threshold=threshold,
-                            drop_pieces=drop,
-                        )
-            result[f"slices of {size} px, GREEDYNMM as sahi's default"] = build_merging(
-                sliced, size, args
-            )
-            # Here the whole image must be resized: to the size of a slice, which is then as it is.
-            small = cfg.clone()
-            small.INPUT.MIN_SIZE_TEST = size
-            result[f"slices of {size} px and the whole image"] = build(cfg=small, whole_image=True)
+        result[f"{name}, GREEDYNMM as sahi's default"] = functools.partial(
+            merging_predictor, own_size, size, args
+        )
+        # Here the whole image must be resized: to the size of a slice, which is then as it is.
+        small = changed(cfg, "INPUT.MIN_SIZE_TEST", size)
+        result[f"{name} and the whole image"] = sliced(small, size, whole_image=True)
     return result
 
 
@@ -274,15 +257,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| prediction | AP | AP50 | APvs | recall < {SMALL} px | at score | boxes | s |")
         print("|---|---|---|---|---|---|---|---|")
         for name, build in ways(cfg, args).items():
-            results, recall, score, seconds, boxes = measure(
-                cfg, build(), json_file, args.precision
-            )
-            values = " | ".join(f"{results[key]:.1f}" for key in ("AP", "AP50", "APvs"))
-            print(
-                f"| {name} | {values} | {100 * recall:.1f} | {score:.2f} | {boxes} | {seconds:.1f} "
-                "|",
-                flush=True,
-            )
+            values = measure(cfg, build(), json_file, args.precision)
+            print(f"| {name} | {' | '.join(values)} |", flush=True)
 
 
 if __name__ == "__main__":

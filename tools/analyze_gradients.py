@@ -21,7 +21,9 @@ table: these, early and late in training, for the runs of a study (see tools/run
 """
 
 import argparse
+import contextlib
 import os
+from typing import IO
 
 from cbbl_d2.analysis.gradient_curves import STD, plot_gradient_curves
 from cbbl_d2.analysis.gradient_maps import (
@@ -37,7 +39,9 @@ from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
 from cbbl_d2.engine import check_model_config, load_config, load_weights, one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
+from cbbl_d2.inference.arguments import add_opts, number
+from cbbl_d2.inference.sources import spread
 from cbbl_d2.modeling.build import build_grid
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
@@ -60,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     curves.add_argument(
         "--std",
-        type=_number(0.0),
+        type=number(float, 0),
         default=STD,
         metavar="WIDTH",
         help="how exactly the head of C-BBL knows the offset, in the unit of the grid "
@@ -68,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     curves.add_argument(
         "--largest-error",
-        type=_number(0.1),
+        type=number(float, 0.1),
         default=8.0,
         metavar="PIXELS",
         help="where the curves end (default: 8)",
@@ -93,13 +97,13 @@ def get_parser() -> argparse.ArgumentParser:
     maps.add_argument("--dataset", required=True, metavar="NAME", help="registered data set")
     maps.add_argument(
         "--num-images",
-        type=_whole(1),
+        type=number(int, 1),
         default=4,
         metavar="N",
         help="images with objects, evenly spread over the data set (default: 4)",
     )
     maps.add_argument(
-        "--seed", type=_whole(0), default=0, help="of the sampling of regions (default: 0)"
+        "--seed", type=number(int, 0), default=0, help="of the sampling of regions (default: 0)"
     )
 
     table = commands.add_parser("table", help="gradients by object size, for the runs of a study")
@@ -113,48 +117,15 @@ def get_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output", default=default, metavar="FILE", help=f"PNG (default: {default})"
         )
-        command.add_argument(
-            "--opts",
-            default=[],
-            nargs=argparse.REMAINDER,
-            help="config overrides, KEY VALUE ..., after all other options",
-        )
+        add_opts(command)
     return parser
-
-
-def _number(least: float):
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be a number >= {least:g}")
-        return value
-
-    return number
-
-
-def _whole(least: int):
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number >= {least}")
-        return int(text)
-
-    return whole
 
 
 def write_curves(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    grid = build_grid(cfg)
+    grid, weights = build_grid(cfg), tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
     with _png(args.output) as f:
-        plot_gradient_curves(
-            f,
-            grid,
-            largest_error=args.largest_error,
-            weights=tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS),
-            std=args.std,
-        )
+        plot_gradient_curves(f, grid, args.largest_error, weights=weights, std=args.std)
 
 
 def write_maps(args: argparse.Namespace) -> None:
@@ -173,8 +144,7 @@ def write_maps(args: argparse.Namespace) -> None:
     records = [x for x in load_dataset(args.dataset) if x.get("annotations")]
     if not records:
         raise UserError(f"--dataset {args.dataset}: none of its images has an object")
-    number = min(args.num_images, len(records))
-    records = [records[i * len(records) // number] for i in range(number)]
+    records = spread(records, args.num_images)
 
     columns, drawn = [], [_mapper(cfgs[0])(record) for record in records]
     for path, cfg, weights in zip(args.config_file, cfgs, args.weights):
@@ -202,15 +172,8 @@ def _mapper(cfg: CfgNode) -> NameBrokenImage:
     return NameBrokenImage(DatasetMapper(**options))
 
 
-def _png(path: str):
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--output {path}: {folder} cannot be made a folder ({e.strerror})") from e
-    if os.path.isdir(path):
-        raise UserError(f"--output {path}: is a folder: give a file name")
-    return atomic_write(path, "wb")
+def _png(path: str) -> contextlib.AbstractContextManager[IO]:
+    return open_whole(path, "wb", cure="give --output a file name, in a folder")
 
 
 @one_line_errors

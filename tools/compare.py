@@ -15,8 +15,7 @@ import os
 
 from cbbl_d2.analysis.comparison import as_markdown, plot, read_trainings
 from cbbl_d2.engine import one_line_errors
-from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
 
 
 @one_line_errors
@@ -36,14 +35,11 @@ def main() -> None:
     print(text)
     if args.output is None:
         return
-    try:
-        os.makedirs(args.output, exist_ok=True)
-        with atomic_write(os.path.join(args.output, "comparison.md")) as f:
-            f.write(text)
-        with atomic_write(os.path.join(args.output, "comparison.png"), "wb") as f:
-            plot(trainings, f)
-    except OSError as e:
-        raise UserError(f"--output {args.output}: cannot be written to: {e.strerror}") from e
+    cure = "choose another --output"
+    with open_whole(os.path.join(args.output, "comparison.md"), cure=cure) as f:
+        f.write(text)
+    with open_whole(os.path.join(args.output, "comparison.png"), "wb", cure) as f:
+        plot(trainings, f)
     print(f"Written to {args.output}: comparison.md, comparison.png")
 
 

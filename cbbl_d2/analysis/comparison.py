@@ -209,8 +209,10 @@ def plot(trainings: Sequence[Training], path) -> None:
     losses = [*logged & {"total_loss"}, *losses][:_MAX_PLOTTED_LOSSES]
     panels = ["AP", "APvs", *losses]
     columns = min(3, len(panels))
-    num_rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * num_rows))
+    num_rows = math.ceil(len(panels) / columns)
+    legend_height = 0.25 * math.ceil(len(trainings) / columns) + 0.1
+    size = 4.2 * columns, 3.0 * num_rows + legend_height
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels):
         for number, training in enumerate(trainings):
@@ -233,12 +235,8 @@ def plot(trainings: Sequence[Training], path) -> None:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("iterations", fontsize=9)
-    handles, names = axes[0].get_legend_handles_labels()
-    inches = 0.25 * -(-len(names) // columns) + 0.1
-    height = figure.get_figheight()
-    figure.set_figheight(height + inches)
-    figure.legend(handles, names, loc="upper center", ncols=columns, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, height / (height + inches)))
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
     figure.savefig(path, dpi=120, format="png")
 
 

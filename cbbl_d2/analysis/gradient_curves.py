@@ -120,8 +120,8 @@ def predicted_distribution(
 def plot_gradient_curves(
     path,
     grid: torch.Tensor,
-    *,
     largest_error: float = 8.0,
+    *,
     weights: Tuple[float, float, float, float] = WEIGHTS,
     std: float = STD,
 ) -> None:

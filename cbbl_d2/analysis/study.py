@@ -21,6 +21,7 @@ What a study consists of, and what of it is done. A study is a YAML file:
         evaluations: {}                 # instead of the study's
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -50,19 +51,13 @@ def read_metrics(folder: str) -> List[Dict]:
     written; none where there is no such file. A line that is being written, or was cut off by a
     kill, is left out.
     """
+    path = os.path.join(folder, "metrics.json")
     lines = []
-    try:
-        with open(os.path.join(folder, "metrics.json")) as f:
-            for text in f:
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue
-                if isinstance(line, dict) and isinstance(line.get("iteration"), int):
-                    lines.append(line)
-    except FileNotFoundError:
-        pass
-    return lines
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        for text in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return [x for x in lines if isinstance(x, dict) and isinstance(x.get("iteration"), int)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +282,7 @@ def load_study(path: str) -> Study:
         raise UserError(f"{path}: runs must map names to config files")
 
     common = _words(path, "overrides", content.get("overrides"))
+    names = [str(name) for name in content["runs"]]
     runs, baselines = [], {}
     for name, entry in content["runs"].items():
         name, entry = str(name), {"config": entry} if isinstance(entry, str) else entry
@@ -304,15 +300,8 @@ def load_study(path: str) -> Study:
         for seed in seeds:
             folder = os.path.join(output, name, f"seed_{seed}")
             cfg.SEED, cfg.OUTPUT_DIR = seed, folder
-            run = Run(
-                name=name,
-                config=config,
-                seed=seed,
-                overrides=tuple(overrides),
-                folder=folder,
-                max_iter=cfg.SOLVER.MAX_ITER,
-                settings=cfg.dump(),
-            )
+            settings = cfg.dump()
+            run = Run(name, config, seed, tuple(overrides), folder, cfg.SOLVER.MAX_ITER, settings)
             # The folder is that of these overrides: with others it is another evaluation.
             further = tuple(
                 run.evaluated(f"{key}-{short_hash(words)}", words, key)
@@ -320,14 +309,12 @@ def load_study(path: str) -> Study:
             )
             runs.append(dataclasses.replace(run, evaluations=further))
         baseline = entry.get("baseline", content.get("baseline"))
-        if baseline is not None and str(baseline) != name:
-            baselines[name] = str(baseline)
-    names = list(dict.fromkeys(run.name for run in runs))
-    for name, baseline in baselines.items():
-        if baseline not in names:
+        if baseline is not None and str(baseline) not in names:
             raise UserError(
                 f"{path}: baseline {baseline} of {name} is none of the runs ({listed(names)})"
             )
+        if baseline is not None and str(baseline) != name:
+            baselines[name] = str(baseline)
     metrics = _words(path, "metrics", content.get("metrics")) or list(METRICS)
     records = StudyRecords(content.get("results") or os.path.join(output, "results"))
     return Study(output, metrics, runs, baselines, records, test_set)

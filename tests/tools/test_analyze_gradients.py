@@ -84,9 +84,11 @@ def test_errors(error, config, weights, tmp_path):
     )
     assert "bbox_pred" in error(*maps, "--weights", weights("smooth_l1"))
     (tmp_path / "folder").mkdir()
-    assert "folder: is a folder" in error("curves", "--output", "folder")
+    line = error("curves", "--output", "folder")
+    assert "folder: cannot be written (Is a directory): give --output a file name" in line
     shutil.copy(config("cbbl"), tmp_path / "cbbl.txt")
-    assert "cbbl.txt cannot be made a folder" in error("curves", "--output", "cbbl.txt/curves.png")
+    line = error("curves", "--output", "cbbl.txt/curves.png")
+    assert "cbbl.txt/curves.png: cannot be written (File exists)" in line
     assert sorted(os.listdir(tmp_path)) == ["cbbl.txt", "folder", "smooth_l1_0.pth"]
 
 
