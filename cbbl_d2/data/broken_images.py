@@ -47,6 +47,9 @@ BROKEN_IMAGE_ERRORS = (
 # The machine's trouble, not the image's: to skip images for it would hide it.
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
+# Long side over short side: at Detectron2's default of at most 1333 pixels, half a pixel is left.
+_ELONGATED = 500
+
 _MAX_CONSECUTIVE_FAILURES = 100
 
 _READ_AS = ", which Detectron2 reads as"
@@ -254,7 +257,9 @@ def why_broken(error: Exception, file_name: str | None) -> str:
         return ""
     if not isinstance(error, BROKEN_IMAGE_ERRORS):
         try:
-            detection_utils.read_image(file_name)
+            height, width = detection_utils.read_image(file_name).shape[:2]
+            if max(height, width) >= _ELONGATED * min(height, width):
+                return f"{width}x{height} pixels, so narrow that resizing leaves nothing of it"
             return ""
         except Exception as again:
             error = again

@@ -11,6 +11,7 @@ import torch
 import yaml
 from cbbl_d2.config import add_cbbl_config
 from cbbl_d2.errors import ConfigError, UserError
+from cbbl_d2.yaml_checks import check_yaml
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -39,13 +40,12 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
                 f"{config_file}: a Lazy config: run python tools/lazyconfig_train_net.py "
                 f"--config-file {config_file}, or give the YAML config of the same name"
             )
+        check_yaml(config_file)
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)
-        except FileNotFoundError as e:
-            raise ConfigError(f"{config_file}: its _BASE_ {e.filename} does not exist") from e
         except yaml.YAMLError as e:
             raise ConfigError(f"{config_file}: not valid YAML: {_one_line(e)}") from e
-        except (KeyError, ValueError, AssertionError, AttributeError) as e:
+        except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as e:
             raise ConfigError(f"{config_file}: {_explain(e, cfg)}") from e
     if opts:
         if len(opts) % 2 != 0:
@@ -58,7 +58,7 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
             )
         try:
             cfg.merge_from_list(opts)
-        except (KeyError, ValueError, AssertionError, AttributeError) as e:
+        except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as e:
             raise ConfigError(f"command line: {_explain(e, cfg)}") from e
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

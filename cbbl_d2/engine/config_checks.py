@@ -16,6 +16,8 @@ from detectron2.modeling import (
     GeneralizedRCNN,
 )
 
+from .config_values import check_values
+
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
     """
@@ -26,6 +28,7 @@ def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = 
     Raises:
         ConfigError: a value that this machine, this number of processes or this model rules out.
     """
+    check_values(cfg, eval_only)
     _check_test_time_augmentation(cfg)
     if num_processes > 1 and cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():
         raise ConfigError(

@@ -36,6 +36,10 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         UserError: that of the process which raised one first; too few GPUs; the processes cannot
             start; one was killed.
     """
+    for option, least in (("num_gpus", 0), ("num_machines", 1), ("machine_rank", 0)):
+        if getattr(args, option) < least:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError(f"{name} {getattr(args, option)}: must be {least} or more")
     if args.num_gpus * args.num_machines <= 1:
         main(args)
         return

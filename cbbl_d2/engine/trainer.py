@@ -11,7 +11,7 @@ from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.class_names import save_class_names
 from cbbl_d2.data.dataset_checks import check_proposals, with_num_classes
 from cbbl_d2.data.train_loader import ResumableTrainLoader
-from cbbl_d2.errors import Stopped, UserError
+from cbbl_d2.errors import ConfigError, Stopped, UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
 from detectron2.data import DatasetMapper, build_detection_test_loader
@@ -53,8 +53,20 @@ class CBBLTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
+        """
+        Raises:
+            ConfigError: the keys of ``MODEL`` do not go together.
+        """
         check_has_classes(cfg)
-        return super().build_model(cfg)
+        try:
+            return super().build_model(cfg)
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise ConfigError(
+                f"MODEL: cannot be built from these keys ({type(e).__name__}: "
+                f"{' '.join(str(e).split())}): compare them with a config that works"
+            ) from e
 
     def build_hooks(self):
         ret = super().build_hooks()

@@ -70,6 +70,9 @@ class BatchPredictor:
         height, width = image.shape[:2]
         if self._is_bgr:
             image = image[:, :, ::-1]
-        image = self._resize.get_transform(image).apply_image(image)
+        resize = self._resize.get_transform(image)
+        # Of an image a thousand times as long as wide Detectron2 would leave no row at all.
+        resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+        image = resize.apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)).astype("float32"))
         return {"image": tensor, "height": height, "width": width}
