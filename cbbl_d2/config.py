@@ -5,6 +5,7 @@ import math
 from detectron2.config import CfgNode as CN
 
 from .distribution import LABELS, UNCERTAINTIES
+from .distribution.grid import MAX_INTERVALS
 from .errors import ConfigError
 
 
@@ -54,8 +55,8 @@ def add_cbbl_config(cfg: CN) -> None:
     # How strongly the points crowd around zero offset (beta), >= 0. 0 is the uniform grid.
     _C.MODEL.CBBL.BETA = 1.0
 
-    # Number of intervals (n), >= 2: the head has n + 1 logits per coordinate. With an odd n no
-    # point lies at zero: a perfect proposal then has the code (.5, .5), whose entropy is log 2.
+    # Number of intervals (n), 2 to 10000: the head has n + 1 logits per coordinate. With an odd n
+    # no point lies at zero: a perfect proposal then has the code (.5, .5), whose entropy is log 2.
     # That is fine for "entropy_gap" and at odds with "entropy" above.
     _C.MODEL.CBBL.NUM_INTERVALS = 5
 
@@ -306,8 +307,11 @@ _GRID_KEYS = {
     "ALPHA": (lambda v: _is_number(v) and v > 0, "a number > 0"),
     "BETA": (lambda v: _is_number(v) and v >= 0, "a number >= 0 (0: uniform grid)"),
     "NUM_INTERVALS": (
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2,
-        "an integer >= 2",
+        lambda v: type(v) is int and 2 <= v <= MAX_INTERVALS,
+        f"an integer >= 2 (at most {MAX_INTERVALS})",
     ),
-    "INIT_STD": (lambda v: _is_number(v) and v >= 0, "a number >= 0 (0: uniform)"),
+    "INIT_STD": (
+        lambda v: _is_number(v) and (v == 0 or v >= 1e-6),
+        "a number >= 0 (0: uniform; else at least 1e-6)",
+    ),
 }

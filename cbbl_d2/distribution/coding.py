@@ -105,8 +105,12 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Log-softmax over the last dimension, in at least float32."""
-    return F.log_softmax(_points_first(logits), dim=0).movedim(0, -1)
+    """
+    Log-softmax over the last dimension, in at least float32; finite for finite logits, also where
+    their span is not.
+    """
+    log_p = F.log_softmax(_points_first(logits), dim=0).movedim(0, -1)
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
 
 
 def entropy_of(log_p: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+# No offset can be told that exactly; a slip such as 1e7 takes all memory.
+MAX_INTERVALS = 10_000
+
 
 def exponential_grid(
     alpha: float, beta: float, num_intervals: int, one_sided: bool = False
@@ -25,7 +28,7 @@ def exponential_grid(
     Args:
         alpha: half-width of the grid, in the unit of the offsets; > 0.
         beta: how strongly the points crowd around zero, in 1/unit; >= 0. 0 is the uniform grid.
-        num_intervals: ``n``, the number of intervals; >= 2.
+        num_intervals: ``n``, the number of intervals; 2 to ``MAX_INTERVALS``.
         one_sided: cover ``[0, alpha]`` instead, dense near zero. For distances, which are never
             negative (FCOS).
 
@@ -41,6 +44,8 @@ def exponential_grid(
         raise ValueError(f"beta must be a finite number >= 0, got {beta!r}")
     if not isinstance(num_intervals, int) or isinstance(num_intervals, bool) or num_intervals < 2:
         raise ValueError(f"num_intervals must be an integer >= 2, got {num_intervals!r}")
+    if num_intervals > MAX_INTERVALS:
+        raise ValueError(f"num_intervals must be at most {MAX_INTERVALS}, got {num_intervals}")
 
     n = num_intervals
     if one_sided:
@@ -55,7 +60,8 @@ def exponential_grid(
 
     grid = torch.tensor(points, dtype=torch.float64).to(torch.float32)
     # Distinct is not enough: the two-hot code divides by the spacing.
-    if not ((grid.diff() > 0).all() and (1.0 / grid.diff()).isfinite().all()):
+    sound = torch.stack((grid.isfinite()[1:], grid.diff() > 0, (1.0 / grid.diff()).isfinite()))
+    if not sound.all():
         raise ValueError(
             f"the points of the grid collide or overflow in float32 for alpha={alpha!r}, "
             f"beta={beta!r}, num_intervals={n}: lower alpha * beta"

@@ -20,10 +20,15 @@ def gaussian_logits(grid: torch.Tensor, std: float) -> torch.Tensor:
         Tensor: shape ``(G,)``.
 
     Raises:
-        ValueError: if ``std`` is not a finite number > 0.
+        ValueError: if ``std`` is not a finite number > 0, or too small for the grid.
     """
     if not (math.isfinite(std) and std > 0):
         raise ValueError(f"std must be a finite number > 0, got {std!r}")
     spacing = grid.diff()
     cell = torch.cat((spacing[:1], spacing[:-1] + spacing[1:], spacing[-1:])) / 2
-    return cell.log() - grid**2 / (2 * std**2)
+    if std**2 == 0:
+        raise ValueError(f"std={std!r} is too small: its square is 0")
+    logits = cell.log() - grid**2 / (2 * std**2)
+    if not logits.isfinite().all():
+        raise ValueError(f"std={std!r} is too small for a grid up to {float(grid.max()):g}")
+    return logits

@@ -93,6 +93,28 @@ class ResumeState(HookBase):
         self._loaded = None
 
 
+class WriteEvaluations(HookBase):
+    """
+    Detectron2 writes its logs every 20 iterations; what an evaluation in between has found would be
+    lost with a process that dies before.
+    """
+
+    def __init__(self, eval_period: int, periodic_writer: hooks.PeriodicWriter):
+        self._eval_period = eval_period
+        self._periodic_writer = periodic_writer
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if (
+            self._eval_period > 0
+            and done % self._eval_period == 0
+            and done % self._periodic_writer._period != 0
+            and done < self.trainer.max_iter
+        ):
+            for writer in self._periodic_writer._writers:
+                writer.write()
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, which forgets on resume how good its ``model_best.pth`` is."""
 

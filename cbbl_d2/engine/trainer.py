@@ -23,7 +23,7 @@ from detectron2.utils.events import EventStorage
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .divergence import explain_divergence, is_finite, user_errors_in_one_line
 from .gradient_stats import GradientStats
-from .hooks import BestCheckpointer, ResumeState
+from .hooks import BestCheckpointer, ResumeState, WriteEvaluations
 from .optimizer import build_optimizer, follow_config, optimizer_groups
 from .rng import preserve_rng
 from .stop import StopOnRequest, StopRequest
@@ -60,9 +60,9 @@ class CBBLTrainer(DefaultTrainer):
         check_has_classes(cfg)
         try:
             return super().build_model(cfg)
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            if isinstance(e, UserError):
-                raise
+        except UserError:
+            raise
+        except Exception as e:  # Detectron2 raises whatever comes first
             raise ConfigError(
                 f"MODEL: cannot be built from these keys ({type(e).__name__}: "
                 f"{' '.join(str(e).split())}): compare them with a config that works"
@@ -95,6 +95,7 @@ class CBBLTrainer(DefaultTrainer):
         periodic = next(h for h in ret if isinstance(h, hooks.PeriodicCheckpointer))
         ret.remove(periodic)
         ret.insert(-1, periodic)  # the writers stay last
+        ret.append(WriteEvaluations(self.cfg.TEST.EVAL_PERIOD, ret[-1]))
         remove_unfinished(self.cfg.OUTPUT_DIR)
         save_class_names(self.cfg)
         return ret

@@ -70,6 +70,7 @@ def write_csv(path: str, results: Sequence[ImageResult], classes: Classes) -> No
     """
     One line for each detection: ``image_id, file_name, class_id, class, score, x_min, y_min, x_max,
     y_max``, in pixels; then other fields of the model, if it makes any, as ``NAME_0, NAME_1``, ...
+    A name that a spreadsheet would take for a formula begins with ``'``.
     """
     detections = [d for result in results for d in result.detections]
     names = {k: np.size(v) for d in detections[:1] for k, v in d.items() if k not in _NOT_EXTRA}
@@ -83,14 +84,19 @@ def write_csv(path: str, results: Sequence[ImageResult], classes: Classes) -> No
                 table.writerow(
                     [
                         result.image_id,
-                        result.file_name,
+                        _cell(result.file_name),
                         classes.ids[d["category_id"]],
-                        classes.names[d["category_id"]],
+                        _cell(classes.names[d["category_id"]]),
                         f"{d['score']:.5f}",
                         *(f"{value:.3f}" for value in (x, y, x + width, y + height)),
                         *(f"{value:.6g}" for k in names for value in np.ravel(d[k])),
                     ]
                 )
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def write_yolo(folder: str, results: Sequence[ImageResult], classes: Classes) -> None:

@@ -65,6 +65,8 @@ def test_large_alpha_times_beta_does_not_overflow():
         ((5.0, 1.0, 2.5), "2.5"),
         ((5.0, 1.0, True), "True"),
         ((5.0, 1e4, 8), "beta=10000.0"),  # the points around zero collide
+        ((1e39, 0.0, 2), "alpha=1e+39"),  # infinite in float32
+        ((5.0, 1.0, 10**7), "num_intervals must be at most 10000"),
         ((1e39, 0.0, 8), "alpha=1e+39"),  # infinite in float32
     ],
 )

@@ -149,3 +149,14 @@ def test_bad_arguments(arguments, message):
     }
     with pytest.raises(ValueError, match=message):
         cbbl_loss(**{**good, **arguments})
+
+
+@pytest.mark.parametrize("kind", ["entropy_gap", "entropy"])
+def test_a_span_beyond_the_largest_float(kind):
+    logits = torch.tensor([[3e38, -3e38, 0.0, 1.0], [-3e38, 3e38, 3e38, -3e38]], requires_grad=True)
+    grid = torch.tensor([-2.0, -1.0, 1.0, 2.0])
+    losses = cbbl_loss(logits, torch.tensor([0.5, 1.5]), grid, uncertainty=kind, reduction="none")
+    assert all(loss.isfinite().all() for loss in losses)
+    (losses[0] / 1e38 + losses[1]).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert entropy(logits).isfinite().all()

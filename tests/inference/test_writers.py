@@ -12,6 +12,7 @@ pytest.importorskip("detectron2")
 from cbbl_d2.errors import UserError  # noqa: E402
 from cbbl_d2.inference import Classes, ImageResult, to_detections  # noqa: E402
 from cbbl_d2.inference.writers import (  # noqa: E402
+    _cell,
     write_coco_annotations,
     write_coco_results,
     write_csv,
@@ -108,3 +109,9 @@ def test_a_folder_that_cannot_be_made(results, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_csv(str(tmp_path / "file/x.csv"), results, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+a", "-a", "@a", "\ta"])
+def test_no_cell_is_a_formula(name, tmp_path):
+    assert _cell(name) == f"'{name}"
+    assert _cell("a=1") == "a=1" and _cell("") == ""
