@@ -26,6 +26,7 @@ import contextlib
 import os
 
 from cbbl_d2.data.broken_images import large_images
+from cbbl_d2.data.dataset_checks import warn_of_many_objects
 from cbbl_d2.engine.cli import one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
@@ -249,6 +250,8 @@ def run(args: argparse.Namespace) -> None:
     say_earlier_files(folder)
 
     is_sliced = args.slice is not None
+    if args.dataset is not None and not is_sliced:
+        warn_of_many_objects(cfg, args.dataset, source.records)
     source = source.spread(args.num_images)
     results, metrics = Results(), None
     pictures = build_pictures(folder, source, classes, args)

@@ -33,6 +33,7 @@ from detectron2.data import (  # noqa: E402
     DatasetMapper,
     MetadataCatalog,
 )
+from detectron2.data import transforms as T  # noqa: E402
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 from pycocotools import mask as mask_util  # noqa: E402
@@ -122,7 +123,9 @@ def perfect_ap(cfg):
 
 
 def mapper_of(training):
-    return DatasetMapper(training, augmentations=[], image_format="BGR")
+    """It resizes as Detectron2 does; the images of these data sets stay as they are."""
+    resize = T.ResizeShortestEdge(HEIGHT, 1333)
+    return DatasetMapper(training, augmentations=[resize], image_format="BGR")
 
 
 # -- data sets that work ---------------------------------------------------------------------------
@@ -484,6 +487,13 @@ def spoil(content):
     return lambda data: (data.images / "2.png").write_bytes(content(data))
 
 
+def narrow(data):
+    data.save("2.png", Image.new("RGB", (3000, 1)))
+    data.content["images"][1].update(width=3000, height=1)
+    for annotation in data.content["annotations"][2:4]:
+        annotation["bbox"] = [4, 0, 10, 1]
+
+
 def tiff(bands):
     """A TIFF file with these bands, of 8 bits and of no color, which Pillow cannot identify."""
     tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
@@ -509,6 +519,7 @@ BROKEN = [
         r"got \(64, 49\), expect \(64, 48\)",
         "check the width/height in your annotation",
     ),
+    (narrow, "3000x1 pixels, so narrow", "take it out of the annotation file"),
     (exif_turned_and_annotated_as_stored, "EXIF", "annotate the turned image, or remove the EXIF"),
 ]
 
@@ -754,3 +765,13 @@ def test_an_annotation_id_of_zero_under_any_loader(data, cfg_of, new_name):
 def test_all_images_missing_is_an_error_of_the_report_too(data, error_of):
     message = error_of(check_images, data.content, str(data.images / "elsewhere"))
     assert "no such folder, none of the 3 images" in message
+
+
+def test_images_over_the_limit_of_pillow_name_the_cure(data, cfg_of, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    cfg = cfg_of(data)
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    with pytest.raises(UserError, match="1.png .over Pillow's limit of 18 pixels.*slice_dataset"):
+        NameBrokenImage(mapper_of(False))(record)
+    (line, *_) = check_images(data.content, str(data.images))
+    assert "3 images cannot be used" in line and "predict with --slice" in line

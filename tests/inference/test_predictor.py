@@ -42,3 +42,11 @@ def test_weights_that_do_not_fit(checkpoint):
     cfg = load_inference_config(checkpoint, None, ["MODEL.FPN.OUT_CHANNELS", "16"])
     with pytest.raises(UserError, match="does not fit"):
         BatchPredictor(cfg)
+
+
+@pytest.mark.parametrize("shape", [(2, 30000, 3), (30000, 2, 3), (1, 1, 3)])
+def test_an_image_of_hardly_any_width(checkpoint, shape):
+    """Detectron2 resizes it to nothing, and ends in an error of Pillow."""
+    predictor = BatchPredictor(load_inference_config(checkpoint, None, [], 0.0))
+    (found,) = predictor([np.zeros(shape, np.uint8)])
+    assert found.image_size == shape[:2]
