@@ -12,10 +12,10 @@ import argparse
 
 import torch
 from cbbl_d2.analysis.markdown import markdown_table
-from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_datasets, set_num_classes
-from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, load_config, one_line_errors
+from cbbl_d2.data.dataset_checks import check_datasets
+from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, one_line_errors
 from cbbl_d2.errors import UserError
+from cbbl_d2.inference import load_inference_config
 from cbbl_d2.inference.arguments import add_opts
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
@@ -61,10 +61,9 @@ def main() -> None:
     add_opts(parser)
     args = parser.parse_args()
 
-    cfg = load_config(args.config_file, ["OUTPUT_DIR", "output/box_voting", *args.opts])
+    opts = ["OUTPUT_DIR", "output/box_voting", *args.opts]
+    cfg = load_inference_config(args.weights, args.config_file, opts)
     cfg.MODEL.CBBL.VOTING_SIGMA = 0.0  # the votes are counted here
-    register_from_config(cfg)
-    set_num_classes(cfg, eval_only=True)
     check_datasets(cfg, eval_only=True)
     model = CBBLTrainer.build_model(cfg)
     CBBLCheckpointer(model, require_all=True).resume_or_load(args.weights, resume=False)

@@ -28,6 +28,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
 STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
@@ -209,18 +210,15 @@ def compare_losses(num_boxes: int, num_intervals: int, rounds: int) -> None:
         with torch.no_grad():
             (logits.softmax(dim=-1) * integers).sum(dim=-1)
 
-    def many(function: Callable, *args, repeats: int = 50) -> float:
-        def repeat():
-            for _ in range(repeats):
-                function(*args)
-
-        return seconds(repeat) / repeats * 1e6
+    def microseconds(function: Callable, *args) -> float:
+        names, threads = {"function": function, "args": args}, torch.get_num_threads()
+        return 1e6 * Timer("function(*args)", globals=names, num_threads=threads).timeit(50).mean
 
     for uncertainty in ("none", "entropy_gap"):
-        many(run_cbbl, uncertainty), many(run_dfl)  # warm up
-        times = [(many(run_dfl), many(run_cbbl, uncertainty)) for _ in range(rounds)]
-        name = f"n={num_intervals}, {uncertainty}"
-        show_ratio(name, [a for a, _ in times], [b for _, b in times], "us")
+        times = [
+            (microseconds(run_dfl), microseconds(run_cbbl, uncertainty)) for _ in range(rounds)
+        ]
+        show_ratio(f"n={num_intervals}, {uncertainty}", *zip(*times), "us")
 
 
 @one_line_errors

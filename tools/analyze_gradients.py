@@ -21,9 +21,7 @@ table: these, early and late in training, for the runs of a study (see tools/run
 """
 
 import argparse
-import contextlib
 import os
-from typing import IO
 
 from cbbl_d2.analysis.gradient_curves import STD, plot_gradient_curves
 from cbbl_d2.analysis.gradient_maps import (
@@ -35,11 +33,11 @@ from cbbl_d2.analysis.gradient_table import gradients_as_markdown, summarize_gra
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.broken_images import NameBrokenImage
-from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import check_registered, load_dataset, set_num_classes
+from cbbl_d2.data.dataset_checks import check_registered, load_dataset
 from cbbl_d2.engine import check_model_config, load_config, load_weights, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import open_whole
+from cbbl_d2.inference import load_inference_config
 from cbbl_d2.inference.arguments import add_opts, number
 from cbbl_d2.inference.sources import spread
 from cbbl_d2.modeling.build import build_grid
@@ -47,6 +45,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
+
+OUTPUT_CURE = "give --output a file name, in a folder"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -124,7 +124,7 @@ def get_parser() -> argparse.ArgumentParser:
 def write_curves(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     grid, weights = build_grid(cfg), tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
-    with _png(args.output) as f:
+    with open_whole(args.output, "wb", OUTPUT_CURE) as f:
         plot_gradient_curves(f, grid, args.largest_error, weights=weights, std=args.std)
 
 
@@ -134,12 +134,11 @@ def write_maps(args: argparse.Namespace) -> None:
             f"{len(args.config_file)} --config-file and {len(args.weights)} --weights: give one "
             "--weights, with one or more files, after each --config-file"
         )
-    cfgs = [load_config(path, args.opts) for path in args.config_file]
-    for cfg in cfgs:
-        register_from_config(cfg)
-        check_cbbl_config(cfg)
-        check_model_config(cfg)
-        set_num_classes(cfg, eval_only=True)
+    cfgs = []
+    for path, (weights, *_) in zip(args.config_file, args.weights):
+        cfgs.append(load_inference_config(weights, path, args.opts))
+        check_cbbl_config(cfgs[-1])
+        check_model_config(cfgs[-1])
     check_registered(args.dataset, "--dataset")
     records = [x for x in load_dataset(args.dataset) if x.get("annotations")]
     if not records:
@@ -161,7 +160,7 @@ def write_maps(args: argparse.Namespace) -> None:
             names = [path, file] if len(cfgs) > 1 else [file]
             title = "\n".join(os.path.splitext(os.path.basename(x))[0] for x in names)
             columns.append(MapColumn(title, path, maps))
-    with _png(args.output) as f:
+    with open_whole(args.output, "wb", OUTPUT_CURE) as f:
         plot_gradient_maps(f, drawn, columns, cfgs[0].INPUT.FORMAT)
 
 
@@ -170,10 +169,6 @@ def _mapper(cfg: CfgNode) -> NameBrokenImage:
     options = DatasetMapper.from_config(cfg, is_train=True)
     options["augmentations"] = build_augmentation(cfg, is_train=False)
     return NameBrokenImage(DatasetMapper(**options))
-
-
-def _png(path: str) -> contextlib.AbstractContextManager[IO]:
-    return open_whole(path, "wb", cure="give --output a file name, in a folder")
 
 
 @one_line_errors

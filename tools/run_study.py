@@ -24,13 +24,14 @@ test split once all choices are made, and writes the same table for it into a fo
 import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import IO, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
 import tqdm
 from cbbl_d2.analysis import study_table
@@ -118,14 +119,14 @@ def is_done(study: Study, run: Run) -> bool:
     return not (unread or found.missing) or not os.path.isfile(run.weights)
 
 
-def on_test_set(study: Study, run: Run) -> List[Run]:
+def sealed_evaluations(study: Study, run: Run) -> List[Run]:
     """The evaluations of a run that stay unread, in their order."""
     sealed = study.test_set and run.sealed(study.test_set)
     return [sealed, *sealed.evaluations] if sealed else []
 
 
 def record(study: Study, run: Run, jobs: int) -> None:
-    sealed = on_test_set(study, run)
+    sealed = sealed_evaluations(study, run)
     if sealed:
         study.records.seal(run, study.test_set, sealed[0].all_results(), sealed[0].folder)
     found = study.records.find(run)
@@ -150,7 +151,7 @@ def train(study: Study, jobs: int) -> List[Run]:
 
         def proceed(run: Run) -> None:
             """Start what is to be done next, or record the run."""
-            stages = [run, *run.evaluations, *on_test_set(study, run)]
+            stages = [run, *run.evaluations, *sealed_evaluations(study, run)]
             stage = next((s for s in stages if s.results() is None), None)
             if stage is not None:
                 running[run] = stage, start(stage, jobs)
@@ -195,18 +196,16 @@ def write_table(study: Study) -> None:
         print(f"{study.output}: no run is finished yet")
         return
 
-    def create(name: str, mode: str = "w") -> contextlib.AbstractContextManager[IO]:
-        return open_whole(os.path.join(study.output, name), mode)
-
+    path = functools.partial(os.path.join, study.output)
     table, more = study_table.as_markdown(study, rows), ""
-    with create("table.md") as f:
+    with open_whole(path("table.md")) as f:
         f.write(table)
-    with create("table.csv") as f:
+    with open_whole(path("table.csv")) as f:
         f.write(study_table.as_csv(study, rows))
-    with create("plot.png", "wb") as f:
+    with open_whole(path("plot.png"), "wb") as f:
         study_table.plot(study, rows, f)
     if study_table.budgets(study):
-        with create("budget.png", "wb") as f:
+        with open_whole(path("budget.png"), "wb") as f:
             study_table.plot_budgets(study, f)
         more = ", budget.png"
     print(table)

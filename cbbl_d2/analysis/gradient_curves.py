@@ -3,7 +3,6 @@ The gradient of L2, Smooth-L1, IoU, GIoU and C-BBL against how far the predicted
 boxes of several sizes: what makes small objects hard to localize, and what C-BBL changes.
 """
 
-import collections
 from typing import Dict, Sequence, Tuple
 
 import torch
@@ -17,7 +16,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 Shape shorthand in this module:
 
     S: number of box sizes
-    E: number of errors
+    E: number of errors, of each object; the gradients are computed for all S * E boxes at once
     B: number of grid points
 """
 
@@ -61,34 +60,31 @@ def gradient_curves(
         L2 is half the squared difference and Smooth-L1 has beta 0, Detectron2's default.
     """
     transform = Box2BoxTransform(weights)
-    at_output, per_pixel = collections.defaultdict(list), collections.defaultdict(list)
-    for size in sizes:
-        error = errors.detach().clone().requires_grad_()
-        objects = error.new_tensor([0.0, 0.0, size, size]).repeat(len(error), 1)
-        dx = error * (weights[0] / size)
-        zeros = torch.zeros_like(dx)
-        predicted = transform.apply_deltas(torch.stack((dx, zeros, zeros, zeros), dim=1), objects)
-        losses = {
-            # For |x| < beta, Smooth-L1 is x^2 / (2 * beta).
-            "L2": 1e4 * smooth_l1_loss(dx, zeros, beta=1e4, reduction="sum"),
-            "Smooth-L1": smooth_l1_loss(dx, zeros, beta=0.0, reduction="sum"),
-            "IoU": (1 - matched_pairwise_iou(Boxes(predicted), Boxes(objects))).sum(),
-            "GIoU": giou_loss(predicted, objects, reduction="sum"),
-        }
-        for name, loss in losses.items():
-            for curves, variable in ((at_output, dx), (per_pixel, error)):
-                (gradient,) = torch.autograd.grad(loss, variable, retain_graph=True)
-                curves[name].append(gradient.abs())
-        # Finite logits, of probabilities that no longer matter.
-        logits = predicted_distribution(dx.detach(), grid, std).clamp(min=1e-12).log()
-        logits.requires_grad_()
-        cross_entropy, _ = cbbl_loss(logits, zeros, grid, uncertainty="none")
-        (gradient,) = torch.autograd.grad(cross_entropy, logits)
-        at_output["C-BBL"].append(gradient.norm(dim=1))
-    return tuple(
-        {name: torch.stack(rows) for name, rows in curves.items()}
-        for curves in (at_output, per_pixel)
-    )
+    shape = len(sizes), len(errors)
+    error = errors.detach().repeat(len(sizes)).requires_grad_()
+    side = errors.new_tensor(sizes).repeat_interleave(len(errors))
+    zeros = torch.zeros_like(side)
+    objects = torch.stack((zeros, zeros, side, side), dim=1)
+    dx = error * (weights[0] / side)
+    predicted = transform.apply_deltas(torch.stack((dx, zeros, zeros, zeros), dim=1), objects)
+    losses = {
+        # For |x| < beta, Smooth-L1 is x^2 / (2 * beta).
+        "L2": 1e4 * smooth_l1_loss(dx, zeros, beta=1e4, reduction="sum"),
+        "Smooth-L1": smooth_l1_loss(dx, zeros, beta=0.0, reduction="sum"),
+        "IoU": (1 - matched_pairwise_iou(Boxes(predicted), Boxes(objects))).sum(),
+        "GIoU": giou_loss(predicted, objects, reduction="sum"),
+    }
+    at_output, per_pixel = {}, {}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(loss, (dx, error), retain_graph=True)
+        at_output[name], per_pixel[name] = (x.abs().view(shape) for x in gradients)
+    # Finite logits, of probabilities that no longer matter.
+    logits = predicted_distribution(dx.detach(), grid, std).clamp(min=1e-12).log()
+    logits.requires_grad_()
+    cross_entropy, _ = cbbl_loss(logits, zeros, grid, uncertainty="none")
+    (gradient,) = torch.autograd.grad(cross_entropy, logits)
+    at_output["C-BBL"] = gradient.norm(dim=1).view(shape)
+    return at_output, per_pixel
 
 
 def predicted_distribution(

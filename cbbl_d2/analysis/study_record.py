@@ -60,10 +60,8 @@ def flatten(node: Dict, prefix: str = "") -> Dict[str, object]:
     """Dotted config key -> value, from nested mappings."""
     flat: Dict[str, object] = {}
     for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
