@@ -7,10 +7,11 @@ Detectron2 v0.6 under its own name, as a normal wheel that `pip show detectron2`
 
 1. pip downloads `pb1-detectron2` 0.6, a third party's upload of the v0.6 tag (PyPI has no
    `detectron2`). Its SHA-256 is pinned below, and its setup.py is never run.
-2. The documented FIXUPS below are applied, so that it runs on today's NumPy, Pillow and torch.
-3. `detectron2._C`, the compiled extension, is replaced by a stand-in whose operations raise an
-   error that names the operation. Detectors with axis-aligned boxes do not need it: NMS and
-   ROIAlign come from torchvision. Deformable convolution and rotated boxes do.
+2. The changes in detectron2_v0.6.patch are applied, each with its reason there, so that it runs on
+   today's NumPy, Pillow and torch.
+3. `detectron2._C`, the compiled extension, is a stand-in whose operations raise an error that names
+   the operation. Detectors with axis-aligned boxes do not need it: NMS and ROIAlign come from
+   torchvision. Deformable convolution and rotated boxes do.
 """
 
 # Standard library only, and nothing at import that Python 3.6 does not know: a Python that is
@@ -18,7 +19,6 @@ Detectron2 v0.6 under its own name, as a normal wheel that `pip show detectron2`
 import argparse
 import base64
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,7 +28,7 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 MIN_PYTHON = (3, 10)
@@ -76,115 +76,13 @@ Tag: py3-none-any
 """
 
 # Small projects that v0.6's setup.py installs below detectron2.projects.
-PROJECTS = {
-    "projects/PointRend/point_rend": "detectron2/projects/point_rend",
-    "projects/DeepLab/deeplab": "detectron2/projects/deeplab",
-    "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
-}
+PROJECTS = "^projects/[^/]+/(point_rend|deeplab|panoptic_deeplab)/"
 
-# Exactly `count` occurrences of `old` in `path` become `new`; any other number is an error.
-FixUp = namedtuple("FixUp", "path old new count why")
-
-_NUMPY = "NumPy 1.24 removed its aliases of Python's own types"
-_PILLOW = "Pillow 10 removed LINEAR, an alias of BILINEAR"
-_MESHGRID = "torch asks for an explicit indexing; 'ij' is what it did by default"
-_NO_SETUPTOOLS = "setuptools 81 removed pkg_resources"
-_NO_OPS = "this build has no compiled operations"
-_NO_CAFFE2 = "torch removed caffe2, which the tracing of detectron2.export does not need"
-
-FIXUPS = (
-    FixUp("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1, _PILLOW),
-    FixUp("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1, _NUMPY),
-    FixUp("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, _NUMPY),
-    FixUp("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, _NUMPY),
-    FixUp("detectron2/evaluation/pascal_voc_evaluation.py", "(np.bool)", "(bool)", 2, _NUMPY),
-    FixUp("detectron2/evaluation/sem_seg_evaluation.py", "=np.int)", "=int)", 2, _NUMPY),
-    FixUp("detectron2/evaluation/sem_seg_evaluation.py", "=np.float)", "=float)", 2, _NUMPY),
-    FixUp("detectron2/evaluation/sem_seg_evaluation.py", "(np.float)", "(float)", 3, _NUMPY),
-    FixUp("detectron2/structures/masks.py", "(np.bool)", "(bool)", 2, _NUMPY),
-    FixUp("detectron2/structures/masks.py", "=np.bool)", "=bool)", 1, _NUMPY),
-    FixUp("detectron2/utils/video_visualizer.py", "=np.bool)", "=bool)", 1, _NUMPY),
-    FixUp("detectron2/utils/visualizer.py", "(np.bool)", "(bool)", 3, _NUMPY),
-    FixUp(
-        "detectron2/modeling/anchor_generator.py",
-        "torch.meshgrid(shifts_y, shifts_x)",
-        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
-        1,
-        _MESHGRID,
-    ),
-    FixUp(
-        "detectron2/modeling/meta_arch/retinanet.py",
-        "get_norm(norm, 1)",
-        "get_norm(norm, 32)",
-        1,
-        "torch 1.10 checks that GroupNorm's channels fit its 32 groups; main has 32 as well",
-    ),
-    FixUp("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1, _NO_SETUPTOOLS),
-    FixUp(
-        "detectron2/model_zoo/model_zoo.py",
-        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", ',
-        "os.path.join(\n        os.path.dirname(os.path.abspath(__file__)), ",
-        1,
-        _NO_SETUPTOOLS,
-    ),
-    FixUp("detectron2/export/__init__.py", "from .api import *\n", "", 1, _NO_CAFFE2),
-    FixUp(
-        "detectron2/modeling/roi_heads/cascade_rcnn.py",
-        "        box_features = _ScaleGradient.apply(",
-        "        if self.training:\n            box_features = _ScaleGradient.apply(",
-        1,
-        "torch cannot save Python functions of a trace; the main branch has this condition, too",
-    ),
-    FixUp(
-        "detectron2/layers/nms.py",
-        "    return torch.ops.detectron2.nms_rotated(",
-        "    from detectron2 import _C\n\n    return _C.nms_rotated(",
-        1,
-        _NO_OPS + ": the stand-in says so, torch.ops would not",
-    ),
-    FixUp(
-        "detectron2/evaluation/coco_evaluation.py",
-        "self._use_fast_impl = use_fast_impl\n",
-        "self._use_fast_impl = False  # the fast evaluation is compiled\n",
-        1,
-        _NO_OPS + ": fall back to pycocotools' own evaluation, as Detectron2's main branch does",
-    ),
-)
-
+PATCH = Path(__file__).with_name("detectron2_v0.6.patch")
 CHANGED_NOTICE = "# Changed from Detectron2 v0.6 by cbbl_d2's tools/install_detectron2.py.\n"
 
+# How the stand-in for the compiled extension begins: a file that is ours to remove.
 STUB_MARK = "Stand-in for Detectron2's compiled extension, written by install_detectron2.py."
-STUB = f'''"""{STUB_MARK}
-
-This is the pure Python build of Detectron2 v0.6. Asking this module for a compiled operation
-raises MissingOpError; `hasattr(_C, "...")` is False, so code can test for an operation.
-"""
-
-
-class MissingOpError(AttributeError):
-    """A compiled operation of Detectron2 was asked for; this build has none."""
-
-
-def get_compiler_version():
-    return "none (pure Python build)"
-
-
-def get_cuda_version():
-    return "none (pure Python build)"
-
-
-def has_cuda():
-    return False
-
-
-def __getattr__(name):
-    if name.startswith("__") and name.endswith("__"):
-        raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
-    raise MissingOpError(
-        f"detectron2._C.{{name}} is a compiled operation and this is the pure Python build of "
-        "Detectron2: install a full build, from conda-forge or from source ({FULL_BUILD})"
-    )
-'''
 
 # To download a source archive, pip reads its metadata, for which setuptools runs its setup.py. This
 # one imports torch, and pip >= 26.3 refuses what it says, because an extra of it names a URL. This
@@ -201,34 +99,6 @@ class __legacy__:  # setuptools.build_meta:__legacy__ is the backend of a source
             "Metadata-Version: 2.1\nName: pb1-detectron2\nVersion: 0.6\n"
         )
         return info.name
-"""
-
-# What does this environment import as `detectron2`? Prints one JSON object as its last line.
-PROBE = """
-import importlib.util, json, os
-found = {"here": False}
-try:
-    spec = importlib.util.find_spec("detectron2")
-    if spec is not None and spec.origin:  # without an origin: a folder that only has the name
-        found = {"here": True, "location": os.path.dirname(spec.origin), "full": False}
-        import detectron2, detectron2.layers, detectron2.modeling
-        found["version"] = detectron2.__version__
-        try:
-            from detectron2 import _C
-            found["full"] = hasattr(_C, "InstanceAnnotation")
-        except ImportError:
-            pass
-except Exception as e:
-    found["error"] = f"{type(e).__name__}: {e}"
-print()
-print(json.dumps(found))
-"""
-
-IMPORT_ALL = """
-import importlib, sys
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-    print(name, flush=True)
 """
 
 SELF_CHECK = """
@@ -288,25 +158,32 @@ def reason(process):
     return " ".join(lines[errors[-1] :][: 2 if error.startswith("ERROR: ") else 1])
 
 
-def check_prerequisites(work, names):
-    """Fail before anything is changed if one of the modules `names` cannot be imported."""
-    process = run(["-c", IMPORT_ALL, *names], work)
+def check_prerequisites(work):
+    """Fail before anything is changed if a module that has to be here cannot be imported."""
+    for name in ("pip", "torch", "torchvision"):
+        process = run(["-c", f"import {name}"], work)
+        if process.returncode:
+            cure = "ensurepip" if name == "pip" else f"pip install {name}"
+            raise InstallError(
+                f"cannot import {name} ({reason(process)}): run `{sys.executable} -m {cure}`"
+            )
+
+
+def is_installed(work):
+    """Whether there is a Detectron2, which is then reported; one that is broken is an error."""
+    spec = find_spec("detectron2")
+    if spec is None or not spec.origin:  # without an origin: a folder that only has the name
+        return False
+    place = os.path.dirname(spec.origin)
+    code = "import detectron2.layers, detectron2.modeling; print(detectron2.__version__)"
+    process = run(["-c", code], work)
     if process.returncode:
-        name = next(name for name in names if name not in process.stdout.split())
-        cure = "ensurepip" if name == "pip" else f"pip install {name}"
         raise InstallError(
-            f"cannot import {name} ({reason(process)}): run `{sys.executable} -m {cure}`"
+            f"Detectron2 is installed in {place} but cannot be imported ({reason(process)}): "
+            "repair it, or replace it by running this with --force"
         )
-
-
-def probe(work):
-    """What this environment imports as `detectron2`; see PROBE."""
-    process = run(["-c", PROBE], work)
-    try:
-        return json.loads(process.stdout.splitlines()[-1])
-    except (IndexError, ValueError):  # for example a segmentation fault in a compiled extension
-        error = f"the import ended Python with status {process.returncode}"
-        return {"here": True, "location": "this environment", "error": error}
+    print(f"Detectron2 {process.stdout.split()[-1]} is already in {place}.")
+    return True
 
 
 def remove_leftovers():
@@ -362,31 +239,39 @@ def read_sdist(path):
     return files
 
 
-def apply_fixups(files, fixups=FIXUPS):
-    """A copy of `files` with every fix-up applied; one that does not fit is an error."""
-    files, changed = dict(files), set()
-    for fix in fixups:
-        text = files.get(fix.path, b"").decode("utf-8")
-        count = text.count(fix.old)
-        if count != fix.count:
+def hunks(patch):
+    """The path, the old and the new text of each place that a unified diff changes."""
+    for part in re.split(r"^--- .*\n\+\+\+ b/", patch, flags=re.M)[1:]:
+        path, *places = re.split(r"^@@ .*\n", part, flags=re.M)
+        for place in places:
+            lines = place.splitlines(True)
+            old = "".join(line[1:] for line in lines if line[0] in " -")
+            new = "".join(line[1:] for line in lines if line[0] in " +")
+            yield path.strip(), old, new
+
+
+def apply_patch(files, patch):
+    """A copy of `files` with a unified diff applied; one that does not fit is an error."""
+    fixed = dict(files)
+    for path, old, new in hunks(patch):
+        text = fixed.get(path, b"").decode("utf-8")
+        if text.count(old) != 1:
             raise InstallError(
-                f"fix-up of {fix.path} ({fix.why}): {fix.old!r} is there {count} times instead of "
-                f"{fix.count}, so this is not the source of v0.6; nothing was installed"
+                f"{PATCH.name} does not fit {path}, so this is not the source of v0.6; nothing "
+                "was installed"
             )
-        files[fix.path] = text.replace(fix.old, fix.new).encode("utf-8")
-        changed.add(fix.path)
-    for path in changed:  # Detectron2's licence asks for a notice in changed files
-        files[path] = CHANGED_NOTICE.encode("utf-8") + files[path]
-    return files
+        fixed[path] = text.replace(old, new).encode("utf-8")
+    for path in files:  # Detectron2's licence asks for a notice in changed files
+        if fixed[path] != files[path]:
+            fixed[path] = CHANGED_NOTICE.encode("utf-8") + fixed[path]
+    return fixed
 
 
 def wheel_contents(files):
     """The files of the wheel, in the order in which pip will write them."""
-    contents = {"detectron2/_C.py": STUB.encode("utf-8")}  # first: see remove_leftovers
-    for path, data in sorted(files.items()):
-        for folder, package in PROJECTS.items():
-            if path.startswith(folder + "/"):
-                path = package + path[len(folder) :]
+    contents = {}
+    for path, data in sorted(files.items()):  # detectron2/_C.py comes first: see remove_leftovers
+        path = re.sub(PROJECTS, r"detectron2/projects/\1/", path)
         if path.startswith("detectron2/"):
             contents[path] = data
     info = f"detectron2-{WHEEL_VERSION}.dist-info/"
@@ -440,21 +325,14 @@ def install(sdist, force, work):
         raise InstallError(f"--sdist {sdist}: no such file")
     if remove_leftovers():
         print("      removed the leftovers of an interrupted installation")
-    found = probe(work)
-    if found["here"] and not force:
-        if "error" in found:
-            raise InstallError(
-                f"Detectron2 is installed in {found['location']} but cannot be imported "
-                f"({found['error']}): repair it, or replace it by running this with --force"
-            )
-        kind = "full build" if found["full"] else "pure Python, without compiled operations"
-        print(f"Detectron2 {found['version']} is already in {found['location']} ({kind}).")
+    if not force and is_installed(work):
         return
-    check_prerequisites(work, ["pip", "torch", "torchvision"])
+    check_prerequisites(work)
     print("[2/5] Getting the source archive of Detectron2 v0.6", flush=True)
     files = read_sdist(download_sdist(work) if sdist is None else sdist)
-    print(f"[3/5] Building a wheel with {len(FIXUPS)} fix-ups", flush=True)
-    wheel = write_wheel(wheel_contents(apply_fixups(files)), work)
+    print(f"[3/5] Building a wheel, changed by {PATCH.name}", flush=True)
+    files = apply_patch(files, PATCH.read_text(encoding="utf-8"))
+    wheel = write_wheel(wheel_contents(files), work)
     print("[4/5] Installing it and what it requires", flush=True)
     pip_install(wheel, work, force)
     print("[5/5] Building and running a Faster R-CNN on the CPU", flush=True)

@@ -5,10 +5,10 @@ import csv
 import hashlib
 import importlib.util
 import io
-import itertools
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -39,8 +39,8 @@ def load_module(name, path):
 
 
 def fake_source(tool):
-    """The least that the script takes for v0.6's source: every text that a fix-up replaces, as
-    often as it has to be there, and one file of each part of the wheel."""
+    """The least that the script takes for v0.6's source: every text that the patch replaces, and
+    one file of each part of the wheel."""
     files = {
         "LICENSE": b"the licence\n",
         "setup.py": b"raise RuntimeError('not for the wheel')\n",
@@ -51,10 +51,14 @@ def fake_source(tool):
         "projects/DeepLab/deeplab/__init__.py": b"deeplab = 1\n",
         "projects/Panoptic-DeepLab/panoptic_deeplab/__init__.py": b"panoptic = 1\n",
     }
-    for fix in tool.FIXUPS:
-        text = files.get(fix.path, b"").decode() + f"{fix.old}\n" * fix.count
-        files[fix.path] = text.encode()
+    for path, old, _ in tool.hunks(tool.PATCH.read_text()):
+        if old:
+            files[path] = files.get(path, b"") + old.encode()
     return files
+
+
+def patched(tool, files):
+    return tool.apply_patch(files, tool.PATCH.read_text())
 
 
 def write_sdist(path, files):
@@ -85,16 +89,13 @@ def bare(tool, tmp_path, monkeypatch):
         command = " ".join(map(str, arguments))
         bare.commands.append(command)
         bare.environments.append(environment)
-        failed, output = any(text in command for text in bare.failing), ""
-        if arguments[1] == tool.PROBE:
-            output = '{"here": false}'
-        elif arguments[1] == tool.IMPORT_ALL:  # prints what it could import before it fails
-            output = "\n".join(itertools.takewhile(lambda n: n not in bare.failing, arguments[2:]))
+        failed = any(text in command for text in bare.failing)
         error = "ERROR: first\nERROR: the reason\nits detail\na hint" if failed else ""
-        return subprocess.CompletedProcess(arguments, int(failed), output, error)
+        return subprocess.CompletedProcess(arguments, int(failed), "", error)
 
     (tmp_path / "site").mkdir()
     monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(tool, "find_spec", lambda name: None)
     monkeypatch.setattr(tool.sysconfig, "get_paths", lambda: {"purelib": tmp_path / "site"})
     return bare
 
@@ -106,39 +107,73 @@ def assert_one_line_error(capsys, *parts):
         assert part in lines[0]
 
 
-# ---- fix-ups ---------------------------------------------------------------------------------
+# ---- the patch -------------------------------------------------------------------------------
+
+PATCH = """\
+# why
+--- a/a.py
++++ b/a.py
+@@ -1,2 +1,1 @@
+ x = 1
+-f(np.int)
+-
+@@ -8,2 +7,3 @@
+ # y
++
+-g(np.int), np.int64
++g(int), np.int64
+
+# a new file
+--- /dev/null
++++ b/b.py
+@@ -0,0 +1,1 @@
++z
+"""
 
 
-def test_fixups_replace_their_text_and_mark_the_file(tool):
-    fixups = [tool.FixUp("a.py", "np.int)", "int)", 2, "why")]
-    source = {"a.py": b"f(np.int), g(np.int), np.int64\n", "b.py": b"np.int)\n"}
-    fixed = tool.apply_fixups(source, fixups)
-    assert fixed["a.py"].decode() == tool.CHANGED_NOTICE + "f(int), g(int), np.int64\n"
-    assert fixed["b.py"] == source["b.py"]
-    assert source["a.py"].startswith(b"f(np.int)"), "the input must stay as it was"
+def test_patch_changes_its_places_and_marks_the_file(tool):
+    source = {"a.py": b"x = 1\nf(np.int)\n\n# y\ng(np.int), np.int64\n", "c.py": b"f(np.int)\n"}
+    before = dict(source)
+    fixed = tool.apply_patch(source, PATCH)
+    assert fixed["a.py"].decode() == tool.CHANGED_NOTICE + "x = 1\n# y\n\ng(int), np.int64\n"
+    assert fixed["b.py"] == b"z\n"
+    assert fixed["c.py"] == source["c.py"]
+    assert source == before, "the input must stay as it was"
 
 
-@pytest.mark.parametrize("text", [b"", b"once np.int)\n", b"np.int) np.int) np.int)\n"])
-def test_fixup_that_does_not_fit_names_file_text_and_counts(tool, text):
-    fixups = [tool.FixUp("a.py", "np.int)", "int)", 2, "the reason")]
-    with pytest.raises(tool.InstallError, match=r"a\.py.*the reason.*np\.int\).*instead of 2"):
-        tool.apply_fixups({"a.py": text}, fixups)
+@pytest.mark.parametrize("text", [b"", b"x = 1\n", b"x = 1\nf(np.int)\n\n" * 2])
+def test_patch_that_does_not_fit_names_patch_and_file(tool, text):
+    with pytest.raises(tool.InstallError, match=rf"{tool.PATCH.name}.*a\.py"):
+        tool.apply_patch({"a.py": text}, PATCH)
 
 
-def test_every_fixup_fails_loudly_without_its_file(tool):
+def test_every_part_of_the_patch_fails_loudly_without_its_file(tool):
     source = fake_source(tool)
-    for fix in tool.FIXUPS:
-        files = {path: data for path, data in source.items() if path != fix.path}
-        with pytest.raises(tool.InstallError, match=re.escape(fix.path)):
-            tool.apply_fixups(files)
+    for changed, old, _ in tool.hunks(tool.PATCH.read_text()):
+        files = {path: data for path, data in source.items() if path != changed}
+        if old:
+            with pytest.raises(tool.InstallError, match=re.escape(changed)):
+                patched(tool, files)
 
 
-def test_no_fixup_brings_back_what_another_removes(tool):
-    fixed = tool.apply_fixups(fake_source(tool))
-    for fix in tool.FIXUPS:
-        if fix.old not in fix.new:
-            assert fix.old not in fixed[fix.path].decode()
-        assert fix.why and fix.count > 0
+def test_patch_says_why_it_changes_a_file(tool):
+    paragraphs = tool.PATCH.read_text().split("\n\n")[1:]
+    parts = [text for text in paragraphs if "\n+++ b/" in text]
+    assert len(parts) == len({path for path, _, _ in tool.hunks(tool.PATCH.read_text())})
+    assert all(text.startswith("# ") for text in parts)
+
+
+def test_tools_that_apply_patches_take_it_as_well(tool, tmp_path):
+    if shutil.which("patch") is None:
+        pytest.skip("no patch")
+    source = fake_source(tool)
+    for path, data in source.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    subprocess.run(["patch", "-p1", "-i", tool.PATCH], cwd=tmp_path, check=True)
+    notice = tool.CHANGED_NOTICE.encode()
+    for path, data in patched(tool, source).items():
+        assert (tmp_path / path).read_bytes() == data.replace(notice, b"", 1)
 
 
 # ---- the wheel -------------------------------------------------------------------------------
@@ -146,7 +181,7 @@ def test_no_fixup_brings_back_what_another_removes(tool):
 
 @pytest.fixture
 def wheel(tool, sdist, tmp_path):
-    contents = tool.wheel_contents(tool.apply_fixups(tool.read_sdist(sdist)))
+    contents = tool.wheel_contents(patched(tool, tool.read_sdist(sdist)))
     return zipfile.ZipFile(tool.write_wheel(contents, tmp_path))
 
 
@@ -198,7 +233,7 @@ def test_wheel_record_is_complete_and_true(tool, wheel):
 @pytest.fixture
 def stub(tool, tmp_path):
     path = tmp_path / "_C.py"
-    path.write_text(tool.STUB)
+    path.write_bytes(patched(tool, fake_source(tool))["detectron2/_C.py"])
     return load_module("_C", path)
 
 
@@ -379,15 +414,16 @@ def test_python_too_old_is_one_line(tool, bare, monkeypatch, capsys):
 def test_installed_but_broken_is_reported_unless_forced(
     tool, bare, sdist, force, monkeypatch, capsys
 ):
-    broken = {"here": True, "location": "/somewhere/detectron2", "error": "ImportError: bad"}
-    monkeypatch.setattr(tool, "probe", lambda work: broken)
+    spec = SimpleNamespace(origin="/somewhere/detectron2/__init__.py")
+    monkeypatch.setattr(tool, "find_spec", lambda name: spec)
+    bare.failing.append("import detectron2.layers")
     status = tool.main(["--sdist", str(sdist)] + ["--force"] * force)
     installs = [command for command in bare.commands if "pip install" in command]
     if force:
         assert status == 0 and any("--force-reinstall --no-deps" in c for c in installs)
     else:
         assert status == 1 and not installs
-        assert_one_line_error(capsys, "/somewhere/detectron2", "ImportError: bad", "--force")
+        assert_one_line_error(capsys, "/somewhere/detectron2", "the reason", "--force")
 
 
 # ---- leftovers of an interrupted installation ------------------------------------------------
@@ -402,7 +438,8 @@ def test_leftovers_are_removed_only_if_they_are_ours(tool, bare, tmp_path, text,
     info = tmp_path / "site" / f"detectron2-{tool.WHEEL_VERSION}.dist-info"
     package.mkdir()
     info.mkdir()
-    (package / "_C.py").write_text(tool.STUB if text == "ours" else "# a module\n")
+    stub = patched(tool, fake_source(tool))["detectron2/_C.py"]
+    (package / "_C.py").write_bytes(stub if text == "ours" else b"# a module\n")
     if record:
         (info / "RECORD").write_text("")
     assert tool.remove_leftovers() is removed
@@ -412,16 +449,26 @@ def test_leftovers_are_removed_only_if_they_are_ours(tool, bare, tmp_path, text,
 # ---- what is there is left alone -------------------------------------------------------------
 
 
-def test_probe_tells_absent_and_broken_apart(tool, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("import a_module_that_is_missing", "No module named 'a_module_that_is_missing'"),
+        ("import os; os._exit(7)", "exit status 7"),
+    ],
+)
+def test_broken_detectron2_is_one_line(tmp_path, code, error):
     (tmp_path / "detectron2").mkdir()
-    (tmp_path / "detectron2" / "__init__.py").write_text("import a_module_that_is_missing\n")
-    found = tool.probe(tmp_path)
-    assert found["here"] and found["location"] == str(tmp_path / "detectron2")
-    assert "ModuleNotFoundError" in found["error"] and "a_module_that_is_missing" in found["error"]
-
-    (tmp_path / "detectron2" / "__init__.py").write_text("import os; os._exit(7)\n")
-    assert "status 7" in tool.probe(tmp_path)["error"]
+    (tmp_path / "detectron2" / "__init__.py").write_text(code)
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1
+    assert f"installed in {tmp_path / 'detectron2'}" in process.stderr
+    assert error in process.stderr and "--force" in process.stderr
 
 
 def test_existing_detectron2_is_left_alone(tmp_path):
