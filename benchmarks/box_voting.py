@@ -14,9 +14,9 @@ import torch
 from cbbl_d2.analysis.markdown import markdown_table
 from cbbl_d2.data.dataset_checks import check_datasets
 from cbbl_d2.engine import CBBLCheckpointer, CBBLTrainer, one_line_errors
+from cbbl_d2.engine.cli import add_opts
 from cbbl_d2.errors import UserError
 from cbbl_d2.inference import load_inference_config
-from cbbl_d2.inference.arguments import add_opts
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from cbbl_d2.modeling.box_voting import variance_voting
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers

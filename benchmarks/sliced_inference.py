@@ -27,11 +27,10 @@ import numpy as np
 import torch
 from cbbl_d2.data.coco_format import register_coco_format
 from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
-from cbbl_d2.engine import one_line_errors
+from cbbl_d2.engine.cli import number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.inference import BatchPredictor, load_inference_config
-from cbbl_d2.inference.arguments import number
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, Instances

@@ -35,10 +35,10 @@ from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.broken_images import NameBrokenImage
 from cbbl_d2.data.dataset_checks import check_registered, load_dataset
 from cbbl_d2.engine import check_model_config, load_config, load_weights, one_line_errors
+from cbbl_d2.engine.cli import add_opts, number
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import open_whole
 from cbbl_d2.inference import load_inference_config
-from cbbl_d2.inference.arguments import add_opts, number
 from cbbl_d2.inference.sources import spread
 from cbbl_d2.modeling.build import build_grid
 from detectron2.config import CfgNode

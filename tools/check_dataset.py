@@ -29,6 +29,7 @@ from cbbl_d2.dataset_report.report import (
 from cbbl_d2.dataset_report.size_histogram import plot_sizes
 from cbbl_d2.dataset_report.suggestions import anchor_levels, format_yaml, suggest_settings
 from cbbl_d2.engine import check_model_config, load_config, one_line_errors
+from cbbl_d2.engine.cli import add_opts
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from detectron2.config import CfgNode
@@ -69,12 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-images", action="store_true", help="do not read the images, which takes longest"
     )
-    parser.add_argument(
-        "--opts",
-        help="Modify config options using the command-line 'KEY VALUE' pairs",
-        default=[],
-        nargs=argparse.REMAINDER,
-    )
+    add_opts(parser)
     return parser
 
 

@@ -23,7 +23,7 @@ import torch
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import set_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
-from cbbl_d2.engine.cli import load_config, one_line_errors
+from cbbl_d2.engine.cli import add_opts, load_config, number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_write
 from detectron2.config import CfgNode
@@ -60,24 +60,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         nargs=2,
-        type=_side,
+        type=number(int, 32),
         metavar=("HEIGHT", "WIDTH"),
         help="of these images in the comparison, in pixels; default: as INPUT.MIN_SIZE_TEST and "
         "INPUT.MAX_SIZE_TEST say. The exported model takes images of any size.",
     )
-    parser.add_argument(
-        "--opts",
-        help="Modify config options using the command-line 'KEY VALUE' pairs",
-        default=[],
-        nargs=argparse.REMAINDER,
-    )
+    add_opts(parser)
     return parser
-
-
-def _side(text: str) -> int:
-    if not text.isdecimal() or int(text) < 32:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 32 or more")
-    return int(text)
 
 
 def get_tracing_adapter() -> type:

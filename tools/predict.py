@@ -27,7 +27,7 @@ import os
 
 from cbbl_d2.data.broken_images import large_images
 from cbbl_d2.data.dataset_checks import warn_of_many_objects
-from cbbl_d2.engine.cli import one_line_errors
+from cbbl_d2.engine.cli import add_opts, number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.inference import (
@@ -37,7 +37,7 @@ from cbbl_d2.inference import (
     find_classes,
     load_inference_config,
 )
-from cbbl_d2.inference.arguments import add_opts, add_pictures, add_source, add_threshold, number
+from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
 from cbbl_d2.inference.folder import make_folder, parts_with_files
 from cbbl_d2.inference.metrics import DatasetMetrics
 from cbbl_d2.inference.pictures import Pictures

@@ -38,7 +38,7 @@ from cbbl_d2.analysis import study_table
 from cbbl_d2.analysis.gradient_table import gradients_of
 from cbbl_d2.analysis.study import Run, Study, load_study
 from cbbl_d2.analysis.study_record import changed_settings, commit
-from cbbl_d2.engine import one_line_errors
+from cbbl_d2.engine.cli import number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import open_whole
 from cbbl_d2.messages import listed
@@ -218,7 +218,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", help="YAML file")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=number(int, 1), default=1, help="runs at a time (default: 1)"
+    )
     parser.add_argument("--table-only", action="store_true", help="train and evaluate nothing")
     parser.add_argument(
         "--evaluate-on",
@@ -233,8 +235,6 @@ def main() -> None:
         "trains nothing",
     )
     args = parser.parse_args()
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: must be 1 or more")
 
     study = load_study(args.study)
     for run in study.runs:

@@ -24,10 +24,9 @@ from cbbl_d2.data.broken_images import large_images
 from cbbl_d2.data.coco_format import load_coco_format, read_annotation_json
 from cbbl_d2.data.coco_validation import find_faults, is_positive_number
 from cbbl_d2.data.coco_writer import CocoWriter
-from cbbl_d2.engine.cli import one_line_errors
+from cbbl_d2.engine.cli import number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
-from cbbl_d2.inference.arguments import number
 from cbbl_d2.inference.frames import Skipped, read_frames
 from cbbl_d2.inference.slicing import sahi_is_missing
 from cbbl_d2.inference.sources import Source

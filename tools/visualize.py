@@ -14,10 +14,10 @@ tools/predict.py draws the same pictures, and writes the boxes to files, too.
 import argparse
 import os
 
-from cbbl_d2.engine.cli import one_line_errors
+from cbbl_d2.engine.cli import add_opts, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
-from cbbl_d2.inference.arguments import add_opts, add_pictures, add_source, add_threshold
+from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
 from cbbl_d2.inference.folder import make_folder
 from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.run import predict_all

@@ -1,7 +1,12 @@
-"""What the scripts of this project share: reading a config and ending in one clear line."""
+"""
+What the scripts of this project share: options of their command lines, reading a config, and ending
+in one clear line.
+"""
 
+import argparse
 import difflib
 import functools
+import math
 import os
 import re
 import sys
@@ -13,6 +18,39 @@ from cbbl_d2.config import add_cbbl_config
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.yaml_checks import check_yaml
 from detectron2.config import CfgNode, get_cfg
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """
+    A ``type`` for argparse, which checks it before anything is loaded: a finite number from ``low``
+    to ``high``.
+
+    Args:
+        kind: int or float.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value < math.inf):
+            name = "a whole number" if kind is int else "a number"
+            limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {name} {limits}")
+        return value
+
+    return parse
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """``--opts``, the last on the line."""
+    parser.add_argument(
+        "--opts",
+        help="Modify config options using the command-line 'KEY VALUE' pairs",
+        default=[],
+        nargs=argparse.REMAINDER,
+    )
 
 
 def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
@@ -60,6 +98,15 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
             cfg.merge_from_list(opts)
         except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as e:
             raise ConfigError(f"command line: {_explain(e, cfg)}") from e
+    unset = sorted(set(_keys(cfg, only_none=True)) - set(_keys(get_cfg(), only_none=True)))
+    if unset:
+        raise ConfigError(f"{config_file or 'command line'}: {unset[0]} has no value: give it one")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as e:
+        raise ConfigError(
+            f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}: must be a device such as cuda, cuda:1 or cpu"
+        ) from e
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -119,12 +166,13 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     return message
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> List[str]:
+def _keys(cfg: CfgNode, prefix: str = "", only_none: bool = False) -> List[str]:
     keys = []
     for key, value in cfg.items():
-        keys.append(prefix + key)
+        if value is None or not only_none:
+            keys.append(prefix + key)
         if isinstance(value, CfgNode):
-            keys.extend(_keys(value, f"{prefix}{key}."))
+            keys.extend(_keys(value, f"{prefix}{key}.", only_none))
     return keys
 
 

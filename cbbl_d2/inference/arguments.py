@@ -1,36 +1,8 @@
-"""
-Options that the command lines share, and their values, which argparse checks before anything is
-loaded.
-"""
+"""Options that tools/predict.py and tools/visualize.py share."""
 
 import argparse
-from collections.abc import Callable
 
-
-def number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Callable:
-    """
-    A ``type`` for argparse: a number from ``low`` to ``high``.
-
-    Args:
-        kind: int or float.
-        below: the number must be less than ``high``.
-    """
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low <= value <= high) or (below and value == high) or value == float("inf"):
-            name = "a whole number" if kind is int else "a number"
-            upper = "" if high == float("inf") else f" {'below' if below else 'to'} {high:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be {name} "
-                + (f"from {low:g}{upper}" if upper else f"of at least {low:g}")
-            )
-        return value
-
-    return parse
+from cbbl_d2.engine.cli import number
 
 
 def enlargement_factor(text: str) -> float | None:
@@ -79,13 +51,3 @@ def add_pictures(parser: argparse.ArgumentParser, num_images: str) -> None:
         "makes the short side 600 pixels or more",
     )
     parser.add_argument("--no-ground-truth", action="store_true", help="draw the predictions alone")
-
-
-def add_opts(parser: argparse.ArgumentParser) -> None:
-    """``--opts``, the last on the line."""
-    parser.add_argument(
-        "--opts",
-        help="Modify config options using the command-line 'KEY VALUE' pairs",
-        default=[],
-        nargs=argparse.REMAINDER,
-    )

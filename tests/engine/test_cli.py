@@ -1,9 +1,11 @@
+import argparse
 import subprocess
 import sys
 
 import pytest
 import torch
 from cbbl_d2.engine import load_config, one_line_errors
+from cbbl_d2.engine.cli import number
 from cbbl_d2.errors import ConfigError, UserError
 
 
@@ -95,3 +97,17 @@ main()
     first.stdout.close()
     assert first.stderr.read() == b""
     assert first.wait(60) == 1
+
+
+def test_numbers_of_a_command_line():
+    assert number(int, 1)("7") == 7 and number(float, 0, 0.9)("0.9") == 0.9
+    for kind, limits, text, message in [
+        (int, (1,), "0", "0: must be a whole number of at least 1"),
+        (int, (1,), "1.5", "1.5: must be a whole number of at least 1"),
+        (float, (0, 1), "1.1", "1.1: must be a number from 0 to 1"),
+        (float, (0,), "inf", "inf: must be a number of at least 0"),
+        (float, (0,), "nan", "nan: must be a number of at least 0"),
+    ]:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            number(kind, *limits)(text)
+        assert str(error.value) == message
