@@ -1,12 +1,15 @@
 """The config keys of C-BBL, their meaning and their check."""
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 from detectron2.config import CfgNode as CN
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from .distribution import LABELS, UNCERTAINTIES
 from .distribution.grid import MAX_INTERVALS
 from .errors import ConfigError
+from .value_checks import Check, check_values, each, integer, is_number, number, one_of
 
 
 def add_cbbl_config(cfg: CN) -> None:
@@ -195,97 +198,18 @@ def check_cbbl_config(cfg: CN) -> None:
     Called when a model is built.
 
     Raises:
-        ConfigError: if a key is missing or has an impossible value; names key, value and what is
-            allowed.
+        ConfigError: if a key is missing, has an impossible value or does not suit the others; names
+            key, value and what is allowed.
     """
     if "CBBL" not in cfg.MODEL:
         raise ConfigError(
             "this config has no MODEL.CBBL: call cbbl_d2.add_cbbl_config(cfg) before merging files"
         )
-    period = cfg.SOLVER.GRADIENT_STATS_PERIOD
-    if type(period) is not int or period < 0:
-        raise ConfigError(
-            f"SOLVER.GRADIENT_STATS_PERIOD = {period!r}: must be an integer >= 0 (0: off)"
-        )
-    _check_small_objects(cfg)
-    c = cfg.MODEL.CBBL
-    _require("LABEL", c.LABEL, c.LABEL in LABELS, f"one of {', '.join(LABELS)}")
-    _require(
-        "UNCERTAINTY",
-        c.UNCERTAINTY,
-        c.UNCERTAINTY in UNCERTAINTIES,
-        f"one of {', '.join(UNCERTAINTIES)}",
-    )
-    for key in ("UNCERTAINTY_WEIGHT", "GIOU_WEIGHT", "VOTING_SIGMA"):
-        _require(key, c[key], _is_number(c[key]) and c[key] >= 0, "a number >= 0")
-    weight = cfg.MODEL.FCOS.BBOX_REG_LOSS_WEIGHT
-    if not (_is_number(weight) and weight >= 0):
-        raise ConfigError(f"MODEL.FCOS.BBOX_REG_LOSS_WEIGHT = {weight!r}: must be a number >= 0")
-    for prefix, node in (
-        ("", c),
-        ("RPN.", c.RPN),
-        ("RETINANET.", c.RETINANET),
-        ("FCOS.", c.FCOS),
-    ):
-        for key, (ok, allowed) in _GRID_KEYS.items():
-            if key in node:
-                _require(prefix + key, node[key], ok(node[key]), allowed)
-        if "BBOX_REG_LOSS_WEIGHT" in node:
-            weight = node.BBOX_REG_LOSS_WEIGHT
-            _require(
-                f"{prefix}BBOX_REG_LOSS_WEIGHT",
-                weight,
-                _is_number(weight) and weight >= 0,
-                "a number >= 0",
-            )
-    num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
-    for key, values in c.CASCADE.items():
-        ok, allowed = _GRID_KEYS[key]
-        _require(
-            f"CASCADE.{key}",
-            values,
-            isinstance(values, (tuple, list))
-            and len(values) in (0, num_stages)
-            and all(ok(value) for value in values),
-            f"() or {num_stages} values, one for each stage of MODEL.ROI_BOX_CASCADE_HEAD.IOUS, "
-            f"each {allowed}",
-        )
-
-
-def _require(key: str, value, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"MODEL.CBBL.{key} = {value!r}: must be {allowed}")
-
-
-def _check_small_objects(cfg: CN) -> None:
+    check_values(cfg, {**_VALUES, **_cascade_values(cfg)})
+    _check_voting(cfg)
     node = cfg.INPUT.SMALL_OBJECTS
-    jitter, size = node.SCALE_JITTER, node.JITTER_SIZE
-
-    def is_pair(value, ok) -> bool:
-        return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(ok, value))
-
-    def is_count(value) -> bool:
-        return type(value) is int and value >= 0
-
-    for key, ok, allowed in (
-        ("MAX_SIZE", _is_number(node.MAX_SIZE) and node.MAX_SIZE > 0, "a number > 0"),
-        ("COPY_PASTE", is_count(node.COPY_PASTE), "an integer >= 0 (0: off)"),
-        ("KEEP_IN_CROP", isinstance(node.KEEP_IN_CROP, bool), "True or False"),
-        (
-            "SCALE_JITTER",
-            is_pair(jitter, lambda v: _is_number(v) and v > 0) and jitter[0] <= jitter[1]
-            if len(jitter)
-            else True,
-            "() or (minimum, maximum), two numbers > 0, such as (0.5, 2.0)",
-        ),
-        (
-            "JITTER_SIZE",
-            is_pair(size, lambda v: is_count(v) and v > 0) if len(size) or len(jitter) else True,
-            "(height, width) in pixels, with SCALE_JITTER",
-        ),
-    ):
-        if not ok:
-            raise ConfigError(f"INPUT.SMALL_OBJECTS.{key} = {node[key]!r}: must be {allowed}")
+    if len(node.SCALE_JITTER) > 0 and len(node.JITTER_SIZE) == 0:
+        raise ConfigError(f"INPUT.SMALL_OBJECTS.JITTER_SIZE = (): must be {_JITTER_SIZE}")
     if node.KEEP_IN_CROP and not cfg.INPUT.CROP.ENABLED:
         raise ConfigError(
             "INPUT.SMALL_OBJECTS.KEEP_IN_CROP = True: needs INPUT.CROP.ENABLED True, and "
@@ -299,19 +223,66 @@ def _check_small_objects(cfg: CN) -> None:
             )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_voting(cfg: CN) -> None:
+    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.ROI_HEADS.NAME
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    heads = ROI_HEADS_REGISTRY.get(name) if is_rcnn and name in ROI_HEADS_REGISTRY else None
+    if sigma > 0 and not getattr(heads, "can_vote", False):
+        raise ConfigError(
+            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only "
+            "MODEL.ROI_HEADS.NAME CBBLROIHeads and CBBLRes5ROIHeads vote"
+        )
 
 
-_GRID_KEYS = {
-    "ALPHA": (lambda v: _is_number(v) and v > 0, "a number > 0"),
-    "BETA": (lambda v: _is_number(v) and v >= 0, "a number >= 0 (0: uniform grid)"),
-    "NUM_INTERVALS": (
-        lambda v: type(v) is int and 2 <= v <= MAX_INTERVALS,
-        f"an integer >= 2 (at most {MAX_INTERVALS})",
-    ),
+def _cascade_values(cfg: CN) -> dict[str, Check]:
+    num_stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    return {
+        f"MODEL.CBBL.CASCADE.{key}": (
+            lambda v, one=_GRID[key]: each(one)[0](v) and len(v) in (0, num_stages),
+            f"() or {num_stages} values, one for each stage of MODEL.ROI_BOX_CASCADE_HEAD.IOUS, "
+            f"each {_GRID[key][1]}",
+        )
+        for key in cfg.MODEL.CBBL.CASCADE
+    }
+
+
+def _is_pair_or_empty(check: Check) -> Callable[[Any], bool]:
+    ok, _ = each(check)
+    return lambda v: ok(v) and len(v) in (0, 2)
+
+
+_POSITIVE = number(0, above=True)
+_WEIGHT = number(0)
+_GRID = {
+    "ALPHA": _POSITIVE,
+    "BETA": number(0, note=" (0: uniform grid)"),
+    "NUM_INTERVALS": integer(2, MAX_INTERVALS),
     "INIT_STD": (
-        lambda v: _is_number(v) and (v == 0 or v >= 1e-6),
+        lambda v: is_number(v) and (v == 0 or v >= 1e-6),
         "a number >= 0 (0: uniform; else at least 1e-6)",
     ),
+    "BBOX_REG_LOSS_WEIGHT": _WEIGHT,
+}
+_JITTER_SIZE = "(height, width) in pixels, with SCALE_JITTER"
+_VALUES = {
+    "SOLVER.GRADIENT_STATS_PERIOD": integer(0, note=" (0: off)"),
+    "MODEL.CBBL.LABEL": one_of(*LABELS),
+    "MODEL.CBBL.UNCERTAINTY": one_of(*UNCERTAINTIES),
+    "MODEL.CBBL.UNCERTAINTY_WEIGHT": _WEIGHT,
+    "MODEL.CBBL.GIOU_WEIGHT": _WEIGHT,
+    "MODEL.CBBL.VOTING_SIGMA": _WEIGHT,
+    "MODEL.FCOS.BBOX_REG_LOSS_WEIGHT": _WEIGHT,
+    **{
+        f"MODEL.CBBL.{node}{key}": check
+        for node in ("", "RPN.", "RETINANET.", "FCOS.")
+        for key, check in _GRID.items()
+    },
+    "INPUT.SMALL_OBJECTS.MAX_SIZE": _POSITIVE,
+    "INPUT.SMALL_OBJECTS.COPY_PASTE": integer(0, note=" (0: off)"),
+    "INPUT.SMALL_OBJECTS.KEEP_IN_CROP": (lambda v: isinstance(v, bool), "True or False"),
+    "INPUT.SMALL_OBJECTS.SCALE_JITTER": (
+        lambda v: _is_pair_or_empty(_POSITIVE)(v) and list(v) == sorted(v),
+        "() or (minimum, maximum), two numbers > 0, such as (0.5, 2.0)",
+    ),
+    "INPUT.SMALL_OBJECTS.JITTER_SIZE": (_is_pair_or_empty(integer(1)), _JITTER_SIZE),
 }

@@ -6,7 +6,7 @@ import torch
 from cbbl_d2.architectures import anchor_node
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
-from cbbl_d2.modeling.build import check_voting
+from cbbl_d2.value_checks import check_values
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -16,7 +16,7 @@ from detectron2.modeling import (
     GeneralizedRCNN,
 )
 
-from .config_values import check_values
+from .config_values import ALWAYS, IN_TRAINING
 
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
@@ -28,7 +28,8 @@ def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = 
     Raises:
         ConfigError: a value that this machine, this number of processes or this model rules out.
     """
-    check_values(cfg, eval_only)
+    # Detectron2 would take some values without a word, such as a negative weight of a loss.
+    check_values(cfg, ALWAYS if eval_only else {**ALWAYS, **IN_TRAINING})
     _check_test_time_augmentation(cfg)
     if num_processes > 1 and cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():
         raise ConfigError(
@@ -69,7 +70,6 @@ def check_model_config(cfg: CfgNode) -> None:
             f"MODEL.{key} = {name}: no model part of this name is registered"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
-    check_voting(cfg)
     node = anchor_node(cfg)
     if node is None:
         return

@@ -7,7 +7,6 @@ from cbbl_d2.architectures import check_has_classes
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
-from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from .localization_loss import LocalizationLoss
 
@@ -63,24 +62,7 @@ def build_localization_loss(cfg) -> LocalizationLoss:
 
 def _check(cfg) -> None:
     check_cbbl_config(cfg)
-    check_voting(cfg)
     check_has_classes(cfg)
-
-
-def check_voting(cfg) -> None:
-    """
-    Raises:
-        ConfigError: ``MODEL.CBBL.VOTING_SIGMA`` for a detector that cannot vote.
-    """
-    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.ROI_HEADS.NAME
-    if sigma == 0:
-        return
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    if not (is_rcnn and getattr(ROI_HEADS_REGISTRY.get(name), "can_vote", False)):
-        raise ConfigError(
-            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only "
-            "MODEL.ROI_HEADS.NAME CBBLROIHeads and CBBLRes5ROIHeads vote"
-        )
 
 
 def _grid(keys: str, alpha: float, beta: float, num_intervals: int, **kwargs) -> torch.Tensor:

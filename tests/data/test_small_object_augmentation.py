@@ -207,7 +207,7 @@ def test_resumed_at_its_place_the_loader_makes_the_same_copies(tiny_cfg):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["COPY_PASTE", -1], "COPY_PASTE = -1: must be an integer >= 0"),
+        (["COPY_PASTE", -1], "COPY_PASTE = -1: must be an integer from 0"),
         (["MAX_SIZE", 0.0], "MAX_SIZE = 0.0: must be a number > 0"),
         (["KEEP_IN_CROP", True], "needs INPUT.CROP.ENABLED True"),
         (["SCALE_JITTER", (0.5, 2.0)], r"JITTER_SIZE = \(\): must be \(height, width\)"),

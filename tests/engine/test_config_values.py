@@ -7,7 +7,6 @@ pytest.importorskip("detectron2")
 
 from cbbl_d2 import add_cbbl_config  # noqa: E402
 from cbbl_d2.engine import check_engine_config, load_config  # noqa: E402
-from cbbl_d2.engine.config_values import check_values  # noqa: E402
 from cbbl_d2.engine.trainer import CBBLTrainer  # noqa: E402
 from cbbl_d2.errors import ConfigError  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
@@ -34,7 +33,6 @@ WRONG = {
     "INPUT.MAX_SIZE_TRAIN": (0, -1),
     "INPUT.MIN_SIZE_TEST": (-1,),
     "INPUT.MAX_SIZE_TEST": (0,),
-    "MODEL.DEVICE": ("gpu", "cuda:x", ""),
     "MODEL.RESNETS.DEPTH": (17,),
     "MODEL.RESNETS.NORM": ("XN",),
     "MODEL.FPN.NORM": ("XN",),
@@ -77,11 +75,11 @@ def test_an_evaluation_does_not_ask_what_training_reads():
 
 
 def test_what_detectron2_and_this_project_have_passes():
-    check_values(config())
+    check_engine_config(config())
     paths = glob.glob(os.path.join(CONFIGS, "**", "*.yaml"), recursive=True)
     assert len(paths) > 50
     for path in paths:
-        check_values(load_config(path))
+        check_engine_config(load_config(path))
 
 
 @pytest.mark.parametrize(
@@ -100,3 +98,18 @@ def test_a_model_that_cannot_be_built(options):
     with pytest.raises(ConfigError, match="MODEL: cannot be built from these keys") as e:
         CBBLTrainer.build_model(cfg)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "''"])
+def test_a_device_that_is_none(device):
+    with pytest.raises(ConfigError, match="MODEL.DEVICE = .* must be a device such as"):
+        load_config("", ["MODEL.DEVICE", device])
+
+
+def test_a_key_without_a_value(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("SOLVER: {MAX_ITER: }\n")
+    with pytest.raises(ConfigError, match="x.yaml: SOLVER.MAX_ITER has no value"):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="command line: SOLVER.BASE_LR has no value"):
+        load_config("", ["SOLVER.BASE_LR", "None"])
