@@ -12,23 +12,23 @@ __all__ = ["check_yaml"]
 _MAX_VALUES = 1_000_000
 
 
-def check_yaml(path: str, base_key: str = "_BASE_") -> None:
+def check_yaml(path: str, plain_keys: bool = True) -> None:
     """
     Args:
-        path: of a YAML file with keys, which may name others that it starts from.
-        base_key: the key that names them, as ``_BASE_`` of Detectron2 does.
+        path: of a YAML file with keys, which may name others by ``_BASE_``, as Detectron2's do.
+        plain_keys: refuse keys that are no text.
 
     Raises:
         ConfigError: it cannot be read, is empty or no mapping, has a key twice, or a key that is no
             text; it refers to itself, or to so much that it would never be loaded.
     """
-    _check(path, base_key, ())
+    _check(path, plain_keys, ())
 
 
-def _check(path: str, base_key: str, derived: tuple[str, ...]) -> None:
-    name = f"{derived[-1]}: its {base_key} {path}" if derived else path
+def _check(path: str, plain_keys: bool, derived: tuple[str, ...]) -> None:
+    name = f"{derived[-1]}: its _BASE_ {path}" if derived else path
     if os.path.realpath(path) in derived:
-        raise ConfigError(f"{name} is based on itself: remove one {base_key}")
+        raise ConfigError(f"{name} is based on itself: remove one _BASE_")
     try:
         with open(path, encoding="utf-8") as f:
             root = yaml.compose(f, Loader=yaml.SafeLoader)
@@ -43,18 +43,18 @@ def _check(path: str, base_key: str, derived: tuple[str, ...]) -> None:
     if not isinstance(root, yaml.MappingNode):
         what = "it is empty" if root is None else f"at the top it has a {root.id}"
         raise ConfigError(f"{name}: not a config: {what}, and must have KEY: value")
-    _check_keys(root, name)
+    _check_keys(root, name, plain_keys)
     _count(root, name, {})
     for key, value in root.value:
-        if key.value == base_key:
+        if key.value == "_BASE_":
             for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 base = os.path.expanduser(str(base.value))
                 if "://" not in base:
                     base = os.path.join(os.path.dirname(path), base)
-                    _check(base, base_key, (*derived, os.path.realpath(path)))
+                    _check(base, plain_keys, (*derived, os.path.realpath(path)))
 
 
-def _check_keys(root: yaml.Node, name: str) -> None:
+def _check_keys(root: yaml.Node, name: str, plain: bool) -> None:
     seen, todo = set(), [root]
     while todo:
         node = todo.pop()
@@ -67,8 +67,10 @@ def _check_keys(root: yaml.Node, name: str) -> None:
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            if plain and key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 raise ConfigError(f"{name}, line {line}: the key {key.value} is no text: quote it")
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in lines:
                 raise ConfigError(
                     f"{name}, line {line}: the key {key.value} stands in line {lines[key.value]} "

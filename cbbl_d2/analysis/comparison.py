@@ -14,6 +14,7 @@ import yaml
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import short
+from cbbl_d2.yaml_checks import check_yaml
 
 from .markdown import markdown_table
 from .study import read_metrics
@@ -251,11 +252,12 @@ def _labels(folders: Sequence[str]) -> list[str]:
 
 
 def _read_settings(path: str) -> dict[str, object]:
-    try:
-        with open(path) as f:
-            content = yaml.load(f, _ConfigLoader)
-    except FileNotFoundError:
+    if not os.path.isfile(path):
         return {}
+    check_yaml(path, plain_keys=False)
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = yaml.load(f, _ConfigLoader)
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(content, dict):

@@ -35,6 +35,7 @@ from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import listed
+from cbbl_d2.yaml_checks import check_yaml
 from detectron2.config import CfgNode
 
 from .study_record import Record, StudyRecords, short_hash
@@ -53,9 +54,9 @@ def read_metrics(folder: str) -> List[Dict]:
     """
     path = os.path.join(folder, "metrics.json")
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(path) as f:
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as f:
         for text in f:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):
                 lines.append(json.loads(text))
     return [x for x in lines if isinstance(x, dict) and isinstance(x.get("iteration"), int)]
 
@@ -257,11 +258,10 @@ def load_study(path: str) -> Study:
         UserError: no such file, not valid YAML, a key that is unknown, missing or of the wrong
             kind; or a config with an error of its own.
     """
+    check_yaml(path, plain_keys=False)
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
-    except OSError as e:
-        raise UserError(f"{path}: cannot read this study: {e.strerror}") from e
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     _check_keys(path, content, {"output", "seeds", "runs"}, _OPTIONAL)

@@ -72,7 +72,8 @@ class BatchPredictor:
             image = image[:, :, ::-1]
         resize = self._resize.get_transform(image)
         # Of an image a thousand times as long as wide Detectron2 would leave no row at all.
-        resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+        if isinstance(resize, T.ResizeTransform):  # not with INPUT.MIN_SIZE_TEST 0
+            resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
         image = resize.apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)).astype("float32"))
         return {"image": tensor, "height": height, "width": width}

@@ -143,7 +143,7 @@ def test_plot(training, evaluated):
         ("", None, "has no line with an iteration"),
         ("[]\n{", None, "has no line with an iteration"),
         ('{"iteration": 1}', "a: [", "config.yaml: not valid YAML"),
-        ('{"iteration": 1}', "- a", "config.yaml: not the config of a training"),
+        ('{"iteration": 1}', "- a", "config.yaml: not a config"),
     ],
 )
 def test_folders_that_are_no_training(tmp_path, metrics, settings, message):

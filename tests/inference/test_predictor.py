@@ -50,3 +50,9 @@ def test_an_image_of_hardly_any_width(checkpoint, shape):
     predictor = BatchPredictor(load_inference_config(checkpoint, None, [], 0.0))
     (found,) = predictor([np.zeros(shape, np.uint8)])
     assert found.image_size == shape[:2]
+
+
+def test_an_image_at_its_own_size(checkpoint, images):
+    options = ["INPUT.MIN_SIZE_TEST", "0"]
+    predictor = BatchPredictor(load_inference_config(checkpoint, None, options, 0.0))
+    assert predictor(images[:1])[0].image_size == images[0].shape[:2]

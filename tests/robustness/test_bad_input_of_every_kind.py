@@ -1,0 +1,48 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from tests.robustness.cases import ROOT, build, fault, good_training, state  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def run(cases, folder):
+    result = subprocess.run(
+        [sys.executable, str(HERE / "driver.py"), str(ROOT)],
+        input=json.dumps(cases),
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_kind_ends_in_one_line(tmp_path):
+    good = tmp_path / "good"
+    assert run([["good", *good_training(good)]], tmp_path) == {"good": 0}
+    before = state(good)
+    (tmp_path / "cases").mkdir()
+    cases = build(tmp_path / "cases", good)
+    status = run([[str(i), *case.words] for i, case in enumerate(cases)], tmp_path)
+    tried, wrong = Counter(), []
+    for i, case in enumerate(cases):
+        tried[case.kind] += 1
+        errors = (tmp_path / f"{i}.err").read_text(errors="replace")
+        reason = fault(case, status[str(i)], errors)
+        if reason:
+            wrong.append(f"{case.kind}: {case.name}: {reason}\n    {errors.strip()[-300:]}")
+    print(f"tried {len(cases)}, right {len(cases) - len(wrong)}, wrong {len(wrong)}")
+    print(", ".join(f"{kind} {number}" for kind, number in tried.items()))
+    assert not wrong, "\n".join(wrong)
+    assert state(good) == before
+    assert not list(tmp_path.rglob("bomb_went_off"))
