@@ -10,20 +10,20 @@ whatever the enlargement.
 """
 
 import colorsys
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.patheffects import withStroke
 
 from .errors import UserError
-from .messages import plot_text
+from .messages import count, plot_text
 
 __all__ = [
     "ClassStyle",
@@ -59,6 +59,7 @@ _LONG_SIDE = 4096
 _LARGEST_SIDE = 2**15
 
 _INK, _FAINT = "#222222", "#777777"
+_TIMES, _SQUARE = "\N{MULTIPLICATION SIGN}", "\N{BLACK SQUARE}"
 _GAP = 8  # between the panels of a pair and around those of a contact sheet, pixels
 _WIDE = 2.5  # width / height from which on the panels of a pair are stacked
 _PAGE = 1.4  # height / width that a contact sheet aims at
@@ -144,7 +145,7 @@ def draw_boxes(
     labels: Sequence[str],
     colors: Sequence[tuple[float, float, float]],
     dashed: Sequence[bool] | None = None,
-    keypoints: Sequence[np.ndarray] | None = None,
+    keypoints: Sequence[np.ndarray] = (),
     metadata: Metadata | None = None,
 ) -> np.ndarray:
     """
@@ -166,14 +167,13 @@ def draw_boxes(
         array (H, W, 3).
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    dashed = [False] * len(boxes) if dashed is None else dashed
     visualizer = Visualizer(image, metadata)
     canvas = visualizer.output
     short_side = min(image.shape[:2])
     line_width = np.clip(short_side / 420, 1.8, 3) * 72 / canvas.dpi  # points
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     for i in np.argsort(-areas, kind="stable"):
-        style = "--" if dashed[i] else "-"
+        style = "--" if dashed is not None and dashed[i] else "-"
         visualizer.draw_box(boxes[i], alpha=1, edge_color=colors[i], line_style=style)
         patch = canvas.ax.patches[-1]
         patch.set_linewidth(line_width)
@@ -182,7 +182,7 @@ def draw_boxes(
     # All of an object that is drawn, as the metric counts them all. The score is a probability
     # among thousands of places, and low as long as a model is not sure of the exact one.
     visualizer.keypoint_threshold = 0.0
-    for points in [] if keypoints is None else keypoints:
+    for points in keypoints:
         visualizer.draw_and_connect_keypoints(points)
     for line in canvas.ax.lines:  # the connections: as thick as they are, they hide the points
         line.set_linewidth(line_width / 2)
@@ -221,8 +221,7 @@ def draw_masks(
     for mask, color in zip(masks, colors, strict=True):
         if mask is None:
             continue
-        mask = np.ascontiguousarray(mask, dtype=np.uint8)
-        mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
         inner = cv2.erode(mask, np.ones((3, 3), np.uint8), borderValue=0) > 0
         color = 255 * np.asarray(color)
         tinted = (1 - _MASK_OPACITY) * image[inner] + _MASK_OPACITY * color
@@ -255,49 +254,68 @@ def draw_instances(
         UserError: an impossible scale.
     """
     style = ClassStyle(metadata)
-    canvas, factors = _enlarged(image, scale)
-    classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
-    labels = [f"{style.name(c)} {s:.0%}" for c, s in zip(classes, scores, strict=True)]
-    colors = [style.color(c) for c in classes]
-    keypoints = []
-    if instances.has("pred_masks"):
-        canvas = draw_masks(canvas, instances.pred_masks.detach().cpu().numpy(), colors)
-    if instances.has("pred_keypoints"):
-        points = instances.pred_keypoints.detach().cpu().numpy()
-        keypoints = [_points(x, factors) for x in points]
-    boxes = instances.pred_boxes.tensor.detach().cpu().numpy() * factors
-    return draw_boxes(canvas, boxes, labels, colors, keypoints=keypoints, metadata=metadata)
-
-
-def _draw_annotations(
-    image: np.ndarray,
-    annotations: list[dict],
-    metadata: Metadata | None,
-    scale: float,
-    name: str,
-    shown: Sequence[str],
-) -> np.ndarray:
-    """As :func:`draw_instances`, for ground truth; ``shown`` are fields of predictions."""
-    style = ClassStyle(metadata)
-    canvas, factors = _enlarged(image, scale)
-    boxes, classes, crowd = _read_annotations(annotations, name)
-    labels = [
-        style.name(c) + (" (crowd)" if d else "") for c, d in zip(classes, crowd, strict=True)
-    ]
-    colors = [style.color(c) for c in classes]
-    drawn, keypoints = canvas, []
-    if "pred_masks" in shown:
-        drawn = draw_masks(drawn, _read_masks(annotations, canvas, factors), colors)
-    if "pred_keypoints" in shown:
-        keypoints = [_points(a["keypoints"], factors) for a in annotations if "keypoints" in a]
-    return draw_boxes(drawn, boxes * factors, labels, colors, crowd, keypoints, metadata)
-
-
-def _enlarged(image: np.ndarray, scale: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """The enlarged image, and the factors (4,) of a box, x and y and once more."""
     canvas = enlarge(image, enlargement(image.shape) if scale is None else scale)
-    # Sides are rounded to whole pixels, so the exact factors differ a little from `scale`.
-    return canvas, np.tile(np.divide(canvas.shape[1::-1], image.shape[1::-1]), 2)
+    # Sides are rounded to whole pixels, so the exact factors of x and y differ a little from scale.
+    factors = np.divide(canvas.shape[1::-1], image.shape[1::-1])
+    fields = instances.get_fields()
+    classes, crowd = instances.pred_classes.tolist(), fields.get("is_crowd")
+    labels, colors = [style.name(c) for c in classes], [style.color(c) for c in classes]
+    if "scores" in fields:
+        labels = [f"{x} {score:.0%}" for x, score in zip(labels, instances.scores.tolist())]
+    if crowd is not None:
+        labels = [f"{x} (crowd)" if is_crowd else x for x, is_crowd in zip(labels, crowd)]
+    masks = [_mask(x, canvas.shape[:2], factors) for x in fields.get("pred_masks", ())]
+    points = [
+        np.reshape(_array(x), (-1, 3)) * [*factors, 1] for x in fields.get("pred_keypoints", ())
+    ]
+    boxes = _array(instances.pred_boxes.tensor) * np.tile(factors, 2)
+    drawn = draw_masks(canvas, masks, colors) if masks else canvas
+    return draw_boxes(drawn, boxes, labels, colors, crowd, points, metadata)
+
+
+def _array(values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.array(values)
+
+
+def _mask(segmentation, shape: tuple[int, int], factors: np.ndarray) -> np.ndarray | None:
+    """
+    A mask, of polygons in COCO's format as fine as the canvas.
+
+    Args:
+        segmentation: also a mask already, or None.
+        shape: height and width of the canvas, ``factors`` larger (in x and y) than the image.
+    """
+    if isinstance(segmentation, list):
+        return GenericMask([np.reshape(x, (-1, 2)) * factors for x in segmentation], *shape).mask
+    if isinstance(segmentation, dict):
+        return GenericMask(segmentation, *segmentation["size"]).mask
+    return None if segmentation is None else _array(segmentation)
+
+
+def _ground_truth(
+    annotations: list[dict], image_size: tuple[int, int], name: str, shown: Sequence[str]
+) -> Instances:
+    """
+    Args:
+        shown: fields of predictions that are not in all annotations: "pred_masks" and the like.
+    """
+    if any(len(a["bbox"]) != 4 for a in annotations):
+        raise UserError(f"{name}: only axis-aligned boxes can be drawn, not rotated ones")
+    boxes = [
+        BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in annotations
+    ]
+    fields = {
+        "pred_masks": [a.get("segmentation") or None for a in annotations],
+        "pred_keypoints": [a.get("keypoints", ()) for a in annotations],
+    }
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(boxes),
+        pred_classes=torch.tensor([int(a["category_id"]) for a in annotations], dtype=torch.int64),
+        is_crowd=[bool(a.get("iscrowd", 0)) for a in annotations],
+        **{key: fields[key] for key in shown},
+    )
 
 
 def draw_pair(
@@ -334,29 +352,29 @@ def draw_pair(
         UserError: an annotation that is no axis-aligned box, or an impossible scale.
     """
     scale = enlargement(image.shape) if scale is None else scale
-    size = f"{image.shape[1]} \N{MULTIPLICATION SIGN} {image.shape[0]}"
+    size = f"{image.shape[1]} {_TIMES} {image.shape[0]}"
     if scale != 1:
-        size += f", shown \N{MULTIPLICATION SIGN}{scale:g}"
-    style, panels = ClassStyle(metadata), []
+        size += f", shown {_TIMES}{scale:g}"
+    panels = []
+
+    def add_panel(title: str, instances: Instances, remarks: list[str]) -> None:
+        drawn, classes = draw_instances(image, instances, metadata, scale), instances.pred_classes
+        panels.append(_with_caption(drawn, title, remarks, classes.tolist(), ClassStyle(metadata)))
+
     if ground_truth is not None:
         # Masks and keypoints only where the other side can have them, too.
         fields = ("pred_masks", "pred_keypoints")
         shown = [x for x in fields if predictions is None or predictions.has(x)]
-        drawn = _draw_annotations(image, ground_truth, metadata, scale, name, shown)
-        classes = [int(a["category_id"]) for a in ground_truth]
-        panels.append(_with_caption(drawn, "Ground truth", [name, size], classes, style))
+        truth = _ground_truth(ground_truth, image.shape[:2], name, shown)
+        add_panel("Ground truth", truth, [name, size])
     if predictions is not None:
-        drawn = draw_instances(image, predictions, metadata, scale)
-        remarks = [note] if panels else [note, name, size]
-        classes = predictions.pred_classes.tolist()
-        panels.append(_with_caption(drawn, "Predictions", remarks, classes, style))
+        add_panel("Predictions", predictions, [note] if panels else [note, name, size])
     if not panels:
         raise ValueError("draw_pair: neither ground truth nor predictions were given")
-    axis = 1 if image.shape[1] <= _WIDE * image.shape[0] else 0
-    gap = list(panels[0].shape)
-    gap[axis] = _GAP
-    gap = np.full(gap, 255, dtype=np.uint8)
-    return np.concatenate([x for p in panels for x in (gap, p)][1:], axis=axis)
+    is_stacked = image.shape[1] > _WIDE * image.shape[0]
+    gap = ((_GAP, 0), (0, 0)) if is_stacked else ((0, 0), (_GAP, 0))
+    panels[1:] = [np.pad(p, (*gap, (0, 0)), constant_values=255) for p in panels[1:]]
+    return np.concatenate(panels, axis=0 if is_stacked else 1)
 
 
 def shrink(picture: np.ndarray, width: int) -> np.ndarray:
@@ -409,43 +427,6 @@ def contact_sheet(pictures: Sequence[np.ndarray], max_side: int = 3000) -> np.nd
     return sheet
 
 
-def _read_annotations(
-    annotations: list[dict], name: str
-) -> tuple[np.ndarray, list[int], list[bool]]:
-    """Boxes (N, 4), classes and crowd flags of a dataset dict's annotations."""
-    boxes = []
-    for annotation in annotations:
-        if len(annotation["bbox"]) != 4:
-            raise UserError(f"{name}: only axis-aligned boxes can be drawn, not rotated ones")
-        box = [float(x) for x in annotation["bbox"]]
-        boxes.append(BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS))
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    classes = [int(a["category_id"]) for a in annotations]
-    return boxes, classes, [bool(a.get("iscrowd", 0)) for a in annotations]
-
-
-def _read_masks(
-    annotations: list[dict], canvas: np.ndarray, factors: np.ndarray
-) -> list[np.ndarray | None]:
-    """The masks of a dataset dict's annotations, those of polygons as fine as the canvas."""
-    masks = []
-    for annotation in annotations:
-        segmentation = annotation.get("segmentation")
-        if not segmentation:
-            masks.append(None)
-        elif isinstance(segmentation, list):
-            polygons = [np.reshape(x, (-1, 2)) * factors[:2] for x in segmentation]
-            masks.append(GenericMask(polygons, *canvas.shape[:2]).mask)
-        else:
-            masks.append(GenericMask(segmentation, *segmentation["size"]).mask)
-    return masks
-
-
-def _points(keypoints: Sequence[float] | np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Keypoints (K, 3), or as a list of 3*K numbers, in pixels of the canvas, (K, 3)."""
-    return np.reshape(keypoints, (-1, 3)) * [*factors[:2], 1]
-
-
 # -- labels ----------------------------------------------------------------------------------------
 
 
@@ -459,12 +440,11 @@ def _draw_labels(
     canvas = visualizer.output
     renderer = canvas.canvas.get_renderer()
     # In points. On a large image with many small objects the labels must not bury these.
-    sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
-    usual = np.median(sides) if len(sides) else 0
+    sides = boxes[:, 2:] - boxes[:, :2]
+    usual = np.median(sides.min(axis=1)) if len(sides) else 0
     font_size = max(7.5, min(canvas.height / 90, canvas.width / 90, usual / 4))
-    taken = np.zeros((0, 4))
-    areas = np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
-    for i in np.argsort(areas, kind="stable"):
+    taken = []
+    for i in np.argsort(sides.prod(axis=1), kind="stable"):
         visualizer.draw_text(
             plot_text(labels[i]),
             (0, 0),
@@ -474,35 +454,37 @@ def _draw_labels(
         )
         text = canvas.ax.texts[-1]
         # The background reaches a little beyond the text.
-        extent = text.get_window_extent(renderer)
-        size = np.array([extent.width + 2, extent.height + 2])
-        place = _free_place(boxes, areas, i, size, taken, (canvas.width, canvas.height))
+        size = text.get_window_extent(renderer).size + 2
+        place = _free_place(boxes, i, size, taken, (canvas.width, canvas.height))
         if place is None:
             text.remove()
             continue
-        text.set_position((place[0] + 1, place[1] + 1))
-        taken = np.concatenate([taken, [[*place, *(place + size)]]])
+        text.set_position(place + 1)
+        taken.append(np.concatenate([place, place + size]))
 
 
 def _free_place(
     boxes: np.ndarray,
-    areas: np.ndarray,
     index: int,
     size: np.ndarray,
-    taken: np.ndarray,
+    taken: Sequence[np.ndarray],
     canvas_size: tuple[int, int],
 ) -> np.ndarray | None:
     """
     Top left corner for the label of box ``index``, next to the box, in the image, on no label and
     covering as little as possible of any object; None if there is no such place.
+
+    Args:
+        size: width and height of the label.
+        taken: M boxes (4,) of other labels.
     """
+    limit = canvas_size - size
+    if (limit < 0).any():
+        return None
     x0, y0, x1, y1 = boxes[index]
     w, h = size
     gap = 3
-    limit = np.subtract(canvas_size, size)
-    if (limit < 0).any():
-        return None
-    candidates = [
+    places = [
         (x0, y0 - h - gap),
         (x0, y1 + gap),
         (x1 - w, y0 - h - gap),
@@ -513,24 +495,12 @@ def _free_place(
         (x0 - w - gap, y1 - h),
         (x0 + gap, y0 + gap),  # inside, for objects that fill the image
     ]
-    best, best_covered = None, _MAX_COVERED
-    for candidate in candidates:
-        place = np.clip(candidate, 0, limit)
-        label = np.concatenate([place, place + size])
-        if _intersections(label, taken).any():
-            continue
-        covered = (_intersections(label, boxes) / areas).max()
-        if covered == 0:
-            return place
-        if covered < best_covered:
-            best, best_covered = place, covered
-    return best
-
-
-def _intersections(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Areas (N,) that one box shares with each of N."""
-    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    return np.prod(np.maximum(sides, 0), axis=1)
+    places = np.clip(places, 0, limit)
+    spots = Boxes(np.hstack([places, places + size]))
+    covered = pairwise_ioa(spots, Boxes(boxes)).numpy().max(axis=1)
+    covered[pairwise_ioa(spots, Boxes(np.array(taken))).any(dim=1)] = np.inf
+    best = covered.argmin()
+    return places[best] if covered[best] < _MAX_COVERED else None
 
 
 def _lighten(color: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -548,52 +518,41 @@ def _with_caption(
     """Put a strip above the panel: title, number of objects, remarks; below them the classes."""
     unit = max(1.0, min(panel.shape[:2]) / 640)
     strip = VisImage(np.full((round(52 * unit), panel.shape[1], 3), 255, dtype=np.uint8))
-    count = f"{len(classes)} object" + ("" if len(classes) == 1 else "s")
-    words = [_Word(title, _INK, weight="bold")]
-    words += [_Word(text, _FAINT) for text in [count, *remarks] if text]
+    remarks = [count(len(classes), "object", "objects"), *filter(None, remarks)]
+    words = [(title, {"weight": "bold"}), *((text, {"color": _FAINT}) for text in remarks)]
     _write_line(strip, words, 15 * unit, unit)
-    words = [
-        _Word(f"{style.name(c)} \N{MULTIPLICATION SIGN}{classes.count(c)}", _INK, style.color(c))
-        for c in sorted(set(classes))
-    ]
-    _write_line(strip, words, 37 * unit, unit)
+    kinds = sorted(set(classes))
+    words = [(f"{_SQUARE} {style.name(c)} {_TIMES}{classes.count(c)}", {}) for c in kinds]
+    _write_line(strip, words, 37 * unit, unit, [style.color(c) for c in kinds])
     return np.concatenate([strip.get_image(), panel])
 
 
-@dataclasses.dataclass
-class _Word:
-    text: str
-    color: str
-    square: tuple[float, float, float] | None = None  # color of a square before the text
-    weight: str = "normal"
+def _write_line(
+    strip: VisImage,
+    words: Sequence[tuple[str, dict]],
+    y: float,
+    unit: float,
+    squares: Sequence[tuple[float, float, float]] = (),
+) -> None:
+    """
+    Write words from left to right, as many as there is room for.
 
-
-def _write_line(strip: VisImage, words: Sequence[_Word], y: float, unit: float) -> None:
-    """Write words from left to right, as many as there is room for; ``y`` is their middle."""
-    renderer = strip.canvas.get_renderer()
+    Args:
+        words: texts and their style.
+        y: their middle.
+        squares: colors of the squares that the words begin with.
+    """
+    font = {"size": 9.5 * unit, "va": "center"}
     x = 2.0
-
-    def write(text: str, color, weight: str = "normal"):
-        drawn = strip.ax.text(
-            x, y, plot_text(text), size=9.5 * unit, color=color, weight=weight, va="center"
-        )
-        return drawn, drawn.get_window_extent(renderer).width
-
-    for word in words:
-        start, squares = x, []
-        if word.square is not None:
-            square, width = write("\N{BLACK SQUARE}", word.square)
-            squares, x = [square], x + width + 4 * unit
-        text, width = write(word.text, word.color, word.weight)
+    for i, (text, style) in enumerate(words):
+        drawn = strip.ax.text(x, y, plot_text(text), **{"color": _INK, **font, **style})
+        width = drawn.get_window_extent(strip.canvas.get_renderer()).width
         if x + width > strip.width:
             # The end of a file name says more than its start. What comes after is left out.
-            room = int(len(word.text) * (strip.width - x) / width) - 2
-            for artist in [text, *squares]:
-                artist.remove()
-            x = start
-            if room > 0:
-                write(
-                    "\N{HORIZONTAL ELLIPSIS}" + ("" if squares else word.text[-room:]), word.color
-                )
+            room = int(len(text) * (strip.width - x) / width) - 2
+            end = "" if squares else text[-room:]
+            drawn.set_text(plot_text(f"\N{HORIZONTAL ELLIPSIS}{end}") if room > 0 else "")
             return
+        if squares:
+            strip.ax.text(x, y, _SQUARE, color=squares[i], **font)
         x += width + 14 * unit
