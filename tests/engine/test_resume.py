@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,50 @@ def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
         assert {k: repr(v) for k, v in killed[i].items()} == {
             k: repr(v) for k, v in whole[i].items()
         }
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(repository, tmp_path):
+    """By SIGKILL and SIGTERM, whenever they come; the weights are those of a run left in peace."""
+    command = [
+        sys.executable,
+        os.path.join(repository, "train_net.py"),
+        "--config-file",
+        os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml"),
+        "--resume",
+        *("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "150", "DATASETS.TEST", "()"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    draw = random.Random(1)
+    kills = 0
+    with open(tmp_path / "log", "w") as log:
+        while True:
+            process = subprocess.Popen(
+                [*command, "OUTPUT_DIR", "killed"],
+                cwd=tmp_path,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+            if kills == 20:
+                assert process.wait() == 0, (tmp_path / "log").read_text()[-2000:]
+                break
+            checkpoint = tmp_path / "killed" / "last_checkpoint"
+            before = checkpoint.read_text() if checkpoint.exists() else ""
+            while process.poll() is None and (
+                not checkpoint.exists() or checkpoint.read_text() == before
+            ):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
+            assert process.wait() in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
+            kills += 1
+    subprocess.run([*command, "OUTPUT_DIR", "whole"], cwd=tmp_path, env=environment, check=True)
+    a, b = (
+        torch.load(tmp_path / x / "model_final.pth", weights_only=True)["model"]
+        for x in ("whole", "killed")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Died(BaseException):
