@@ -47,6 +47,22 @@ class _GridDecoder:
         """The grid on the device of ``tensor``; float32, also of a model in half precision."""
         return self.grid.to(tensor.device, torch.float32)
 
+    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """
+        Decode by expectation, then transform.
+
+        Args:
+            deltas: logits of shape ``(R, k * 4 * G)``.
+            boxes: shape ``(R, 4)``, absolute XYXY.
+
+        Returns:
+            Tensor: boxes of shape ``(R, k * 4)``, float32.
+
+        Raises:
+            ValueError: if the logits are not a multiple of ``4 * G`` wide.
+        """
+        return super().apply_deltas(self.decode_offsets(deltas), boxes)
+
     def decode_offsets(self, logits: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -90,24 +106,8 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
             grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
             kwargs: passed to ``Box2BoxTransform`` (``scale_clamp``).
         """
-        Box2BoxTransform.__init__(self, weights=weights, **kwargs)
+        super().__init__(weights=weights, **kwargs)
         self._grid = grid
-
-    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode by expectation, then transform.
-
-        Args:
-            deltas: logits of shape ``(R, k * 4 * G)``.
-            boxes: shape ``(R, 4)``, absolute XYXY.
-
-        Returns:
-            Tensor: boxes of shape ``(R, k * 4)``, float32.
-
-        Raises:
-            ValueError: if the logits are not a multiple of ``4 * G`` wide.
-        """
-        return super().apply_deltas(self.decode_offsets(deltas), boxes)
 
     def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
@@ -157,7 +157,3 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
                 f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
         self._grid = grid
-
-    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """As :meth:`CBBLBox2BoxTransform.apply_deltas`."""
-        return super().apply_deltas(self.decode_offsets(deltas), boxes)

@@ -23,14 +23,10 @@ def build_grid(cfg, head: str = "") -> torch.Tensor:
         ConfigError: a key of ``MODEL.CBBL`` has an impossible value, or there are no classes.
     """
     _check(cfg)
-    node = cfg.MODEL.CBBL[head] if head else cfg.MODEL.CBBL
-    return _grid(
-        f"MODEL.CBBL.{head}{'.' if head else ''}",
-        node.ALPHA,
-        node.BETA,
-        node.NUM_INTERVALS,
-        one_sided=head == "FCOS",
-    )
+    node, keys = cfg.MODEL.CBBL, "MODEL.CBBL."
+    if head:
+        node, keys = node[head], f"{keys}{head}."
+    return _grid(keys, node.ALPHA, node.BETA, node.NUM_INTERVALS, one_sided=head == "FCOS")
 
 
 def build_cascade_grids(cfg) -> List[torch.Tensor]:
@@ -46,11 +42,7 @@ def build_cascade_grids(cfg) -> List[torch.Tensor]:
 
 
 def build_localization_loss(cfg) -> LocalizationLoss:
-    """
-    Raises:
-        ConfigError: see :func:`build_grid`.
-    """
-    check_cbbl_config(cfg)
+    """Of keys that :func:`build_grid` has checked."""
     c = cfg.MODEL.CBBL
     return LocalizationLoss(
         label=c.LABEL,

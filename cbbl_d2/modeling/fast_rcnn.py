@@ -66,9 +66,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.localization_loss = localization_loss or LocalizationLoss()
         self.voting_sigma = voting_sigma
         self.bbox_pred = distribution_layer(
-            self.bbox_pred, box2box_transform.grid, weight_std=0.001, init_std=init_std
+            self.bbox_pred, box2box_transform, weight_std=0.001, init_std=init_std
         )
-        box2box_transform.refer_to(self.bbox_pred)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -108,7 +107,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
         terms = self.localization_loss(
             self.box2box_transform,
-            self._foreground_logits(pred_deltas, foreground, gt_classes),
+            self._logits_of_class(pred_deltas[foreground], gt_classes[foreground]),
             proposal_boxes[foreground],
             gt_boxes[foreground],
         )
@@ -199,10 +198,6 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     def _is_class_agnostic(self, logits: torch.Tensor) -> bool:
         return logits.shape[1] == 4 * self.box2box_transform.num_points
-
-    def _foreground_logits(self, logits, foreground, gt_classes) -> torch.Tensor:
-        """The logits that the loss sees, shape ``(Rf, 4 * G)``: those of the true class."""
-        return self._logits_of_class(logits[foreground], gt_classes[foreground])
 
     def _logits_of_class(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """

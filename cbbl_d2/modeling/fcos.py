@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
 from .box_regression import CBBLBox2BoxTransformLinear
 from .build import build_grid, build_localization_loss
+from .dense_detector import DistributionsPerAnchor
 from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
 
@@ -111,7 +112,7 @@ class ConfigurableFCOS(FCOS):
 
 
 @META_ARCH_REGISTRY.register()
-class CBBLFCOS(ConfigurableFCOS):
+class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
     """
     Detectron2's ``FCOS`` that predicts, for each of the four distances of a point to the sides of
     its box, a distribution over a one-sided grid. C-BBL replaces the GIoU loss; centerness is
@@ -143,8 +144,7 @@ class CBBLFCOS(ConfigurableFCOS):
             **kwargs,
         )
         self.localization_loss = localization_loss or LocalizationLoss()
-        head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform.grid, weight_std=0.01)
-        box2box_transform.refer_to(head.bbox_pred)
+        head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform, weight_std=0.01)
 
     @classmethod
     def from_config(cls, cfg):
@@ -154,12 +154,6 @@ class CBBLFCOS(ConfigurableFCOS):
             "localization_loss": build_localization_loss(cfg),
             "box_reg_loss_weight": cfg.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT,
         }
-
-    def _transpose_dense_predictions(self, predictions, dims_per_anchor):
-        num_classes, box_dim, centerness = dims_per_anchor
-        return super()._transpose_dense_predictions(
-            predictions, [num_classes, box_dim * self.box2box_transform.num_points, centerness]
-        )
 
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
@@ -172,15 +166,7 @@ class CBBLFCOS(ConfigurableFCOS):
         # Logits, as super() decodes what it gets: zeros are proper boxes.
         zeros = stand_ins(pred_anchor_deltas, 4 * self.box2box_transform.num_points)
         losses = super().losses(anchors, pred_logits, gt_labels, zeros, gt_boxes, pred_centerness)
-        labels = torch.stack(gt_labels)
-        terms = self.localization_loss.dense(
-            self.box2box_transform,
-            pred_anchor_deltas,
-            anchors,
-            box_tensors(gt_boxes),
-            foreground=(labels >= 0) & (labels != self.num_classes),
+        targets = box_tensors(gt_boxes)
+        return losses | self._localization_losses(
+            anchors, gt_labels, pred_anchor_deltas, targets, "loss_fcos_loc", "loss_fcos"
         )
-        # super() has just brought its moving average of the number of positives up to date.
-        terms = terms / self.loss_normalizer * self.box_reg_loss_weight
-        losses.update(self.localization_loss.named(terms, "loss_fcos_loc", "loss_fcos"))
-        return losses

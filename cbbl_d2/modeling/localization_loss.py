@@ -4,7 +4,7 @@ import logging
 from typing import Dict, List
 
 import torch
-from cbbl_d2.distribution import LABELS, UNCERTAINTIES, cbbl_loss
+from cbbl_d2.distribution import cbbl_loss
 from detectron2.layers import cat, nonzero_tuple
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
@@ -44,16 +44,7 @@ class LocalizationLoss:
             uncertainty_weight: relative to the cross entropy.
             giou_weight: relative to the cross entropy; 0: none. Generalized Focal Loss
                 (arXiv 2006.04388) has such a term.
-
-        Raises:
-            ValueError: unknown option.
         """
-        for name, value, allowed in (
-            ("label", label, LABELS),
-            ("uncertainty", uncertainty, UNCERTAINTIES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         self.label = label
         self.uncertainty = uncertainty
         self.uncertainty_weight = uncertainty_weight
@@ -82,6 +73,9 @@ class LocalizationLoss:
             Tensor: shape ``(T,)``, the terms summed over all coordinates (GIoU: over all boxes),
             with their relative weights; :meth:`named` tells which is which. For P = 0 zeros with a
             live gradient.
+
+        Raises:
+            ValueError: unknown ``label`` or ``uncertainty``.
         """
         offsets = transform.get_deltas(source_boxes, target_boxes)
         finite = torch.isfinite(offsets).all(dim=1)
@@ -108,7 +102,7 @@ class LocalizationLoss:
             reduction="none",
         )
         gap = uncertainty if self.uncertainty == "entropy_gap" else None
-        log_localization_stats(distributions, offsets, grid, self.label, prefix, entropy_gap=gap)
+        log_localization_stats(distributions, offsets, grid, self.label, prefix, gap)
         terms = [cross_entropy.sum()]
         if self.uncertainty != "none":
             terms.append(uncertainty.sum() * self.uncertainty_weight)
@@ -116,9 +110,8 @@ class LocalizationLoss:
             decoded = transform.apply_deltas(logits, source_boxes)
             # Not fvcore's, which asserts that boxes are valid: it would blame the boxes where the
             # network has diverged, and hide that the loss is NaN.
-            giou = generalized_box_iou_loss(
-                decoded, target_boxes.to(decoded.dtype), reduction="sum"
-            )
+            targets = target_boxes.to(decoded.dtype)
+            giou = generalized_box_iou_loss(decoded, targets, reduction="sum")
             terms.append(giou * self.giou_weight)
         return torch.stack(terms)
 

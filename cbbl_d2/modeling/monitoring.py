@@ -12,9 +12,9 @@ def log_localization_stats(
     logits: torch.Tensor,
     offsets: torch.Tensor,
     grid: torch.Tensor,
-    label: str = "two_hot",
-    prefix: str = "cbbl",
-    entropy_gap: Optional[torch.Tensor] = None,
+    label: str,
+    prefix: str,
+    entropy_gap: Optional[torch.Tensor],
 ) -> None:
     """
     Put into the event storage, as means over all coordinates:
@@ -34,7 +34,7 @@ def log_localization_stats(
         grid: shape ``(G,)``.
         label: as for :func:`cbbl_d2.distribution.cbbl_loss`.
         prefix: of the names in the storage.
-        entropy_gap: shape ``(R, 4)``, if the caller has computed it already.
+        entropy_gap: shape ``(R, 4)``; None: it has not been computed yet.
     """
     if offsets.numel() == 0:
         return

@@ -1,12 +1,11 @@
 """The layer that predicts distributions in the place of one that predicts offsets."""
 
-import torch
 from cbbl_d2.distribution import gaussian_logits
 from torch import nn
 
 
 def distribution_layer(
-    layer: nn.Module, grid: torch.Tensor, *, weight_std: float, init_std: float = 0.0
+    layer: nn.Module, transform, *, weight_std: float, init_std: float = 0.0
 ) -> nn.Module:
     """
     A new layer with G outputs, the logits of the grid points, where ``layer`` has one, an offset.
@@ -14,7 +13,7 @@ def distribution_layer(
 
     Args:
         layer: ``nn.Linear`` or ``nn.Conv2d``, the last one of a box regression branch.
-        grid: shape ``(G,)``.
+        transform: a C-BBL transform: holds the grid, from here on as the buffer of the new layer.
         weight_std: standard deviation of the initial weights; that of the stock layer, so that
             both start alike.
         init_std: width of the distribution that the untrained layer predicts, see
@@ -23,18 +22,16 @@ def distribution_layer(
     Raises:
         TypeError: another kind of layer.
     """
-    num_points = grid.numel()
+    grid, num_points = transform.grid, transform.num_points
     if isinstance(layer, nn.Linear):
-        num_coordinates = layer.out_features
-        new = nn.Linear(layer.in_features, num_coordinates * num_points)
+        new = nn.Linear(layer.in_features, layer.out_features * num_points)
     elif isinstance(layer, nn.Conv2d):
-        num_coordinates = layer.out_channels
         new = nn.Conv2d(
             layer.in_channels,
-            num_coordinates * num_points,
-            kernel_size=layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
+            layer.out_channels * num_points,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
         )
     else:
         raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
@@ -44,5 +41,6 @@ def distribution_layer(
     nn.init.normal_(new.weight, std=weight_std)
     nn.init.constant_(new.bias, 0)
     if init_std > 0:
-        new.bias.data.copy_(gaussian_logits(grid, init_std).repeat(num_coordinates))
+        new.bias.data.view(-1, num_points).copy_(gaussian_logits(grid, init_std))
+    transform.refer_to(new)
     return new

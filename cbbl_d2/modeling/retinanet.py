@@ -9,6 +9,7 @@ from detectron2.modeling.meta_arch import RetinaNet
 
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_grid, build_localization_loss
+from .dense_detector import DistributionsPerAnchor
 from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
 
@@ -22,7 +23,7 @@ Shape shorthand in this module:
 
 
 @META_ARCH_REGISTRY.register()
-class CBBLRetinaNet(RetinaNet):
+class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
     """
     Detectron2's ``RetinaNet`` that predicts, for each coordinate of a box, a distribution over a
     grid of offsets. Use it with ``MODEL.META_ARCHITECTURE: CBBLRetinaNet``.
@@ -54,9 +55,8 @@ class CBBLRetinaNet(RetinaNet):
         self.localization_loss = localization_loss or LocalizationLoss()
         self.box_reg_loss_weight = box_reg_loss_weight
         head.bbox_pred = distribution_layer(
-            head.bbox_pred, box2box_transform.grid, weight_std=0.01, init_std=init_std
+            head.bbox_pred, box2box_transform, weight_std=0.01, init_std=init_std
         )
-        box2box_transform.refer_to(head.bbox_pred)
 
     @classmethod
     def from_config(cls, cfg):
@@ -71,12 +71,6 @@ class CBBLRetinaNet(RetinaNet):
             "init_std": c.INIT_STD,
         }
 
-    def _transpose_dense_predictions(self, predictions, dims_per_anchor):
-        num_classes, box_dim = dims_per_anchor
-        return super()._transpose_dense_predictions(
-            predictions, [num_classes, box_dim * self.box2box_transform.num_points]
-        )
-
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes
     ) -> Dict[str, torch.Tensor]:
@@ -88,15 +82,6 @@ class CBBLRetinaNet(RetinaNet):
         losses = super().losses(
             anchors, pred_logits, gt_labels, stand_ins(pred_anchor_deltas, 4), gt_boxes
         )
-        labels = torch.stack(gt_labels)
-        terms = self.localization_loss.dense(
-            self.box2box_transform,
-            pred_anchor_deltas,
-            anchors,
-            gt_boxes,
-            foreground=(labels >= 0) & (labels != self.num_classes),
+        return losses | self._localization_losses(
+            anchors, gt_labels, pred_anchor_deltas, gt_boxes, "loss_box_reg", "loss_box"
         )
-        # super() has just brought its moving average of the number of positives up to date.
-        terms = terms / self.loss_normalizer * self.box_reg_loss_weight
-        losses.update(self.localization_loss.named(terms, "loss_box_reg", "loss_box"))
-        return losses

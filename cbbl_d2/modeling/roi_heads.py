@@ -1,7 +1,6 @@
 """ROI heads whose box predictors are C-BBL."""
 
 from cbbl_d2.errors import ConfigError
-from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -70,8 +69,6 @@ class CBBLRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        channels = ret["box_predictor"].cls_score.in_features
-        ret["box_predictor"] = CBBLFastRCNNOutputLayers(
-            cfg, ShapeSpec(channels=channels, height=1, width=1)
-        )
+        num_features = ret["box_predictor"].cls_score.in_features
+        ret["box_predictor"] = CBBLFastRCNNOutputLayers(cfg, num_features)
         return ret

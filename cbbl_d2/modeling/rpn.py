@@ -1,12 +1,12 @@
 """A region proposal network that localizes by C-BBL."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_grid, build_localization_loss
@@ -62,9 +62,8 @@ class CBBLRPN(RPN):
         self.localization_loss = localization_loss or LocalizationLoss()
         anchor_generator.box_dim = 4 * box2box_transform.num_points
         head.anchor_deltas = distribution_layer(
-            head.anchor_deltas, box2box_transform.grid, weight_std=0.01, init_std=init_std
+            head.anchor_deltas, box2box_transform, weight_std=0.01, init_std=init_std
         )
-        box2box_transform.refer_to(head.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -77,14 +76,8 @@ class CBBLRPN(RPN):
             "init_std": cfg.MODEL.CBBL.RPN.INIT_STD,
         }
 
-    @torch.jit.unused
     def losses(
-        self,
-        anchors: List[Boxes],
-        pred_objectness_logits: List[torch.Tensor],
-        gt_labels: List[torch.Tensor],
-        pred_anchor_deltas: List[torch.Tensor],
-        gt_boxes: List[torch.Tensor],
+        self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
     ) -> Dict[str, torch.Tensor]:
         """
         As in the base class, with ``pred_anchor_deltas`` the logits of shape ``(N, A, 4 * G)``.
@@ -109,11 +102,7 @@ class CBBLRPN(RPN):
 
     @torch.no_grad()
     def predict_proposals(
-        self,
-        anchors: List[Boxes],
-        pred_objectness_logits: List[torch.Tensor],
-        pred_anchor_deltas: List[torch.Tensor],
-        image_sizes: List[Tuple[int, int]],
+        self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
     ) -> List[Instances]:
         """
         As in the base class, but only the proposals of the highest objectness, which it would

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import listed
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.file_io import PathManager
@@ -102,7 +102,8 @@ class TorchvisionNetwork(Backbone):
             parameter.requires_grad = False
         for name, layer in part.named_modules():
             if isinstance(layer, nn.BatchNorm2d) and name in names:
-                _replace(self.body, name, FrozenBatchNorm2d.convert_frozen_batchnorm(layer))
+                frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(layer)
+                self.body.add_submodule(name, frozen)
 
     def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
         """
@@ -118,14 +119,6 @@ class TorchvisionNetwork(Backbone):
         # FPN's 3x3 convolutions a fifth slower.
         features = self.body(images.contiguous(memory_format=torch.channels_last))
         return {name: feature.contiguous() for name, feature in features.items()}
-
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
-            for name in self._out_features
-        }
 
     def check_input(self) -> None:
         """
@@ -200,13 +193,8 @@ def _fold_frozen_norms(body: fx.GraphModule) -> None:
             folded = _FoldedNorm(norm.num_features, norm.eps)
             for name, buffer in norm.named_buffers():  # of main one more than of v0.6
                 setattr(folded, name, buffer)
-            _replace(body, norm_name, folded)
-            _replace(body, conv_name, _NormalizedConv2d(conv, folded))
-
-
-def _replace(body: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(body.get_submodule(owner), attribute, module)
+            body.add_submodule(norm_name, folded)
+            body.add_submodule(conv_name, _NormalizedConv2d(conv, folded))
 
 
 def pretrained_input(network: str) -> Dict[str, object]:
@@ -266,15 +254,6 @@ class TorchvisionWeightsHandler(PathHandler):
                     "reached, tools/download_mobilenet.py gets a MobileNetV2"
                 ) from e
         return file
-
-    def _open(self, path, mode="r", **kwargs):
-        return open(self._get_local_path(path), mode)
-
-    def _isfile(self, path, **kwargs):
-        return os.path.isfile(self._get_local_path(path))
-
-    def _exists(self, path, **kwargs):
-        return self._isfile(path)
 
 
 PathManager.register_handler(TorchvisionWeightsHandler())

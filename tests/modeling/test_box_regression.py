@@ -130,8 +130,7 @@ def test_the_grid_is_that_of_the_layer():
     """It moves with the model, and a copy of the model has its own."""
     transform = CBBLBox2BoxTransform((1.0, 1.0, 1.0, 1.0), exponential_grid(2, 1, 4))
     before = transform.grid
-    layer = distribution_layer(torch.nn.Linear(3, 4), transform.grid, weight_std=0.01)
-    transform.refer_to(layer)
+    layer = distribution_layer(torch.nn.Linear(3, 4), transform, weight_std=0.01)
     assert torch.equal(transform.grid, before) and transform.grid is layer.grid
     holder = torch.nn.Module()
     holder.layer, holder.transform = layer, transform

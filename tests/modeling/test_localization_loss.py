@@ -170,8 +170,9 @@ def test_dense_takes_the_foreground_of_every_level_and_image(transform):
     assert torch.allclose(terms, expected, rtol=1e-5)
 
 
-def test_unknown_options_are_named():
+@both
+def test_unknown_options_are_named(transform):
     with pytest.raises(ValueError, match="label must be one of two_hot, one_hot; got 'soft'"):
-        LocalizationLoss(label="soft")
+        call(LocalizationLoss(label="soft"), transform, *pairs(transform))
     with pytest.raises(ValueError, match="uncertainty must be one of .*; got 'gap'"):
-        LocalizationLoss(uncertainty="gap")
+        call(LocalizationLoss(uncertainty="gap"), transform, *pairs(transform))

@@ -1,11 +1,16 @@
 import pytest
 import torch
 from cbbl_d2.distribution import expectation, exponential_grid, gaussian_logits, variance
+from cbbl_d2.modeling import CBBLBox2BoxTransform
 from cbbl_d2.modeling.output_layer import distribution_layer
 from torch import nn
 
 GRID = exponential_grid(2.0, 1.0, 6)
 B = 7
+
+
+def transform():
+    return CBBLBox2BoxTransform((1.0, 1.0, 1.0, 1.0), GRID)
 
 
 def layers(num_coordinates):
@@ -24,7 +29,7 @@ def offsets(logits):
 
 def test_it_has_b_outputs_for_each_of_the_stock_layer():
     for stock, x in layers(12):
-        new = distribution_layer(stock, GRID, weight_std=0.01)
+        new = distribution_layer(stock, transform(), weight_std=0.01)
         assert type(new) is type(stock)
         assert offsets(new(x)).shape == stock(x).shape
         assert (new(x) != 0).any()
@@ -32,7 +37,7 @@ def test_it_has_b_outputs_for_each_of_the_stock_layer():
 
 def test_the_logits_of_a_coordinate_are_adjacent():
     for stock, x in layers(12):  # 3 anchors or classes of 4 coordinates
-        new = distribution_layer(stock, GRID, weight_std=0.0)
+        new = distribution_layer(stock, transform(), weight_std=0.0)
         for anchor in range(3):
             for coordinate in range(4):
                 nn.init.zeros_(new.bias)
@@ -46,17 +51,17 @@ def test_the_logits_of_a_coordinate_are_adjacent():
 @pytest.mark.parametrize("init_std", (0.0, 0.5))
 def test_it_starts_around_zero_offset(init_std):
     for stock, _ in layers(64):
-        new = distribution_layer(stock, GRID, weight_std=0.02, init_std=init_std)
+        new = distribution_layer(stock, transform(), weight_std=0.02, init_std=init_std)
         assert new.weight.std().item() == pytest.approx(0.02, rel=0.1)
         bias = new.bias.view(64, B)
         expected = gaussian_logits(GRID, init_std) if init_std else torch.zeros(B)
         assert torch.equal(bias, expected.expand(64, B))
         assert torch.allclose(expectation(bias, GRID), torch.zeros(64), atol=1e-6)
-    narrow = distribution_layer(stock, GRID, weight_std=0.02, init_std=0.25).bias.view(64, B)
+    narrow = distribution_layer(stock, transform(), weight_std=0.02, init_std=0.25).bias.view(64, B)
     assert (variance(narrow, GRID) < variance(bias, GRID)).all()
 
 
 def test_other_layers_are_refused():
     for layer in (nn.ConvTranspose2d(16, 4, 2), nn.Sequential(nn.Linear(16, 4)), nn.Identity()):
         with pytest.raises(TypeError, match=type(layer).__name__):
-            distribution_layer(layer, GRID, weight_std=0.01)
+            distribution_layer(layer, transform(), weight_std=0.01)
