@@ -160,9 +160,9 @@ def build_pictures(
 ) -> Pictures:
     threshold = args.confidence_threshold
     return Pictures(
-        os.path.join(folder, "pictures"),
-        source.files,
-        classes.metadata,
+        folder=os.path.join(folder, "pictures"),
+        files=source.files,
+        metadata=classes.metadata,
         threshold=THRESHOLD if threshold is None else threshold,
         above=THRESHOLD if threshold is None and has_metrics(args) else None,
         scale=args.scale,

@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
     source = source.spread(args.num_images or (12 if args.dataset else None))
     pictures = Pictures(
-        folder,
-        source.files,
-        classes.metadata,
+        folder=folder,
+        files=source.files,
+        metadata=classes.metadata,
         threshold=threshold,
         scale=args.scale,
         ground_truth=not args.no_ground_truth,

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -11,71 +11,46 @@ from cbbl_d2.errors import UserError
 _DEFAULT_FPS = 25.0
 
 
-class VideoWriter:
-    """Frames of one size to an mp4 file; a folder that is missing is made."""
-
-    def __init__(self, path: str, fps: float):
-        """
-        Args:
-            path: of the file, ending in ".mp4".
-            fps: frames per second; 25 where it is no number > 0.
-        """
-        self.path = path
-        self._temporary = f"{path}.partial.mp4"  # OpenCV needs the extension
-        self._fps = fps if 0 < fps < float("inf") else _DEFAULT_FPS
-        self._writer: cv2.VideoWriter | None = None
-        self._size = (0, 0)
-
-    def write(self, frame: np.ndarray) -> None:
-        """
-        Args:
-            frame: (H, W, 3) uint8, RGB. A side with an odd number of pixels gets one more, which
-                the codec asks for.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        height, width = frame.shape[:2]
-        if height % 2 or width % 2:
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._writer is None:
-            try:
-                os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            except OSError as e:
-                raise UserError(f"{self.path}: cannot be written ({e.strerror or e})") from e
-            self._size = frame.shape[1::-1]
-            fourcc = cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(self._temporary, fourcc, self._fps, self._size)
-            if not self._writer.isOpened():
-                raise UserError(f"{self.path}: OpenCV cannot write this video")
-        if frame.shape[1::-1] != self._size:
-            # Some streams change their size on the way; the file has one.
-            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
-        self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
-
-    def finish(self) -> None:
-        """Put the complete file in its place."""
-        if self._writer is not None:
-            self._writer.release()
-            self._writer = None
-            os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-            self._writer = None
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._temporary)
-
-
 @contextlib.contextmanager
-def video_writers() -> Iterator[dict[str, VideoWriter]]:
-    """A dict to put writers in: they are finished when the block ends well, else discarded."""
-    writers: dict[str, VideoWriter] = {}
+def video_writer(
+    path: str, fps: float, shape: Sequence[int]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """
+    A function that appends frames to an mp4 file: (H, W, 3) uint8, RGB. The file is at ``path``
+    when the block ends well, else nowhere.
+
+    Args:
+        path: of the file, ending in ".mp4"; a folder that is missing is made.
+        fps: frames per second; 25 where it is no number > 0.
+        shape: (height, width, ...) of the frames; others are resized to it. A side with an odd
+            number of pixels gets one more, which the codec asks for.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = f"{path}.partial.mp4"  # OpenCV needs the extension
+    height, width = (side + side % 2 for side in shape[:2])
     try:
-        yield writers
-        for writer in writers.values():
-            writer.finish()
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+    fps = fps if 0 < fps < float("inf") else _DEFAULT_FPS
+    writer = cv2.VideoWriter(temporary, cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
+
+    def write(frame: np.ndarray) -> None:
+        odd_rows, odd_columns = frame.shape[0] % 2, frame.shape[1] % 2
+        frame = np.pad(frame, ((0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
+        if frame.shape[:2] != (height, width):  # some streams change it on the way
+            frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+        writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
+
+    try:
+        if not writer.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write this video")
+        yield write
+        writer.release()
+        os.replace(temporary, path)
     finally:
-        for writer in writers.values():
-            writer.discard()
+        writer.release()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)

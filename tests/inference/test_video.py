@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from cbbl_d2.inference.video import VideoWriter, video_writers  # noqa: E402
+from cbbl_d2.inference.video import video_writer  # noqa: E402
 
 
 def read(path):
@@ -21,12 +21,12 @@ def test_what_is_written_can_be_read(tmp_path):
     path = tmp_path / "new/x.mp4"
     red, blue = np.full((2, 33, 47, 3), ((200, 0, 0),), np.uint8), np.zeros((33, 47, 3), np.uint8)
     blue[:, :, 2] = 200
-    with video_writers() as writers:
-        writers["x"] = VideoWriter(str(path), fps=12)
-        writers["x"].write(red[0])
-        writers["x"].write(blue)
+    with video_writer(str(path), 12, blue.shape) as write:
+        write(red[0])
+        write(blue)
+        write(np.zeros((66, 94, 3), np.uint8))  # resized
     fps, frames = read(path)
-    assert fps == 12 and [f.shape for f in frames] == [(34, 48, 3)] * 2  # even sides
+    assert fps == 12 and [f.shape for f in frames] == [(34, 48, 3)] * 3  # even sides
     assert np.abs(frames[0].mean((0, 1)) - (200, 0, 0)).max() < 20
     assert np.abs(frames[1].mean((0, 1)) - (0, 0, 200)).max() < 20
     assert [p.name for p in path.parent.iterdir()] == ["x.mp4"]
@@ -34,8 +34,7 @@ def test_what_is_written_can_be_read(tmp_path):
 
 def test_a_video_that_does_not_get_done_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
-        with video_writers() as writers:
-            writers["x"] = VideoWriter(str(tmp_path / "x.mp4"), fps=float("nan"))
-            writers["x"].write(np.zeros((32, 32, 3), np.uint8))
+        with video_writer(str(tmp_path / "x.mp4"), float("nan"), (32, 32)) as write:
+            write(np.zeros((32, 32, 3), np.uint8))
             raise RuntimeError
     assert not list(tmp_path.iterdir())
