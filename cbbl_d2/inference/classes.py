@@ -58,15 +58,12 @@ def find_classes(
     """
     node = detection_node(cfg)
     number = cfg.MODEL[node].NUM_CLASSES if node else None
-    names, source = None, ""
+    names, source = (list(given), "--class-names") if given else (None, "")
+    file = class_names_beside(cfg.MODEL.WEIGHTS)
     if given:
-        names, source = list(given), "--class-names"
-        if len(given) == 1 and os.path.isfile(given[0]):
-            names, source = read_class_names(given[0]), given[0]
-    else:
-        beside = class_names_beside(cfg.MODEL.WEIGHTS)
-        if beside is not None:
-            names, source = read_class_names(beside), beside
+        file = given[0] if len(given) == 1 and os.path.isfile(given[0]) else None
+    if file is not None:
+        names, source = read_class_names(file), file
     if names is not None:
         if number is not None and len(names) != number:
             raise UserError(
@@ -94,7 +91,7 @@ def find_classes(
         elif dataset and not given:
             check_class_names(source, name, classes)
         # Maybe names of one's own, but what the data set knows besides them.
-        return Classes(tuple(names), ids, source, _metadata(names, MetadataCatalog.get(name)))
+        return Classes(tuple(names), ids, source, _metadata(names, name))
     if names is None:
         names = [f"class {i}" for i in range(number or 0)]
     return Classes(tuple(names), tuple(range(1, len(names) + 1)), source, _metadata(names))
@@ -121,10 +118,9 @@ def _of_dataset(name: str) -> tuple[list[str], tuple[int, ...]] | None:
     return names, tuple(int(to_id.get(i, i)) for i in range(len(names)))
 
 
-def _metadata(names: Sequence[str], of_dataset: Metadata | None = None) -> Metadata:
-    metadata = Metadata()
-    for key in ("keypoint_names", "keypoint_connection_rules", "thing_colors"):
-        value = None if of_dataset is None else of_dataset.get(key, None)
-        if value is not None:
-            metadata.set(**{key: value})
-    return metadata.set(thing_classes=list(names))
+def _metadata(names: Sequence[str], dataset: str | None = None) -> Metadata:
+    """With what is known for drawing, besides the names, of a data set."""
+    known = MetadataCatalog.get(dataset).as_dict() if dataset else {}
+    keys = ("keypoint_names", "keypoint_connection_rules", "thing_colors")
+    drawing = {key: known[key] for key in keys if known.get(key) is not None}
+    return Metadata(**drawing, thing_classes=list(names))

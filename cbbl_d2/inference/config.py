@@ -8,7 +8,7 @@ from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered, set_num_classes
 from cbbl_d2.engine.cli import load_config
-from cbbl_d2.errors import ConfigError, UserError
+from cbbl_d2.errors import UserError
 from detectron2.config import CfgNode
 
 CONFIG_NAME = "config.yaml"
@@ -65,15 +65,14 @@ def load_inference_config(
         UserError: see :func:`find_config`, or there are no weights.
     """
     if config_file is None:
-        _check_weights_file(weights)
+        if "://" not in weights and not os.path.isfile(weights):
+            raise UserError(f"{weights}: no such weights file (--weights)")
         config_file = find_config(weights)
     cfg = load_config(config_file, list(opts))
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no weights: give --weights, e.g. --weights OUTPUT_DIR/model_final.pth")
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
     if score_threshold is not None:
         set_score_threshold(cfg, score_threshold)
     register_from_config(cfg)
@@ -84,11 +83,6 @@ def load_inference_config(
     return cfg
 
 
-def _check_weights_file(weights: str) -> None:
-    if "://" not in weights and not os.path.isfile(weights):
-        raise UserError(f"{weights}: no such weights file (--weights)")
-
-
 def _is_lazy(path: str) -> bool:
     """Whether a stored config is that of a Lazy training, whose keys are others."""
     try:
@@ -97,7 +91,6 @@ def _is_lazy(path: str) -> bool:
             node = yaml.compose(f, Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return False  # load_config says what is wrong with it
-    if not isinstance(node, yaml.MappingNode):
-        return False
-    keys = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    keys = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
     return "model" in keys and "MODEL" not in keys

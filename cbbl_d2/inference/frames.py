@@ -1,6 +1,7 @@
 """Reading what to predict on: images and the frames of videos, one after the other."""
 
 import dataclasses
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -66,15 +67,14 @@ def count_frames(source: Source) -> int | None:
     """Images and frames in all, for a progress bar; None where a video does not say."""
     total = 0
     for path in source.files:
-        if source.is_video(path):
-            video = cv2.VideoCapture(path)
-            frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
-            video.release()
-            if frames < 0:
-                return None
-            total += frames
-        else:
+        if not source.is_video(path):
             total += 1
+            continue
+        video = cv2.VideoCapture(path)
+        frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
+        if frames < 0:
+            return None
+        total += frames
     return total
 
 
@@ -85,7 +85,7 @@ def read_frames(source: Source, skipped: Callable[[str], None]) -> Iterator[Fram
     Args:
         skipped: called with one line on each file that cannot be read.
     """
-    index = 0
+    index = itertools.count()
     entries = zip(source.records, source.names, unique_stems(source.names), strict=True)
     for place, (record, name, stem) in enumerate(entries):
         path = record["file_name"]
@@ -93,14 +93,12 @@ def read_frames(source: Source, skipped: Callable[[str], None]) -> Iterator[Fram
             if source.is_video(path):
                 for number, (image, fps) in enumerate(_read_video(path)):
                     file_name = f"{stem}/frame_{number:06d}.png"
-                    yield Frame(index, file_name, image, None, path, fps, place)
-                    index += 1
+                    yield Frame(next(index), file_name, image, None, path, fps, place)
             else:
                 image = read_rgb(path, record)
                 # Of a file there is the name alone.
                 known = record if len(record) > 1 else None
-                yield Frame(index, name, image, known, source_index=place)
-                index += 1
+                yield Frame(next(index), name, image, known, source_index=place)
         except UserError as e:
             skipped(str(e))
 
@@ -151,18 +149,12 @@ def read_rgb(path: str, record: dict) -> np.ndarray:
 
 def _read_video(path: str) -> Iterator[tuple[np.ndarray, float]]:
     video = cv2.VideoCapture(path)
-    try:
-        if not video.isOpened():
-            raise UserError(f"{path}: not a video that OpenCV can read")
-        fps = video.get(cv2.CAP_PROP_FPS)
-        empty = True
-        while True:
-            is_read, image = video.read()
-            if not is_read:
-                break
-            empty = False
-            yield np.ascontiguousarray(image[:, :, ::-1]), fps
-        if empty:
-            raise UserError(f"{path}: no frame of this video can be read")
-    finally:
-        video.release()
+    if not video.isOpened():
+        raise UserError(f"{path}: not a video that OpenCV can read")
+    fps = video.get(cv2.CAP_PROP_FPS)
+    is_read, image = video.read()
+    if not is_read:
+        raise UserError(f"{path}: no frame of this video can be read")
+    while is_read:
+        yield np.ascontiguousarray(image[:, :, ::-1]), fps
+        is_read, image = video.read()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from cbbl_d2.data.dataset_checks import with_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
-from cbbl_d2.errors import UserError
+from cbbl_d2.errors import ConfigError, UserError
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
@@ -25,8 +25,11 @@ class BatchPredictor:
                 and ``INPUT.FORMAT`` are read; where the number of classes is 0, the data sets.
 
         Raises:
+            ConfigError: another ``INPUT.FORMAT`` than RGB or BGR.
             UserError: the weights cannot be read or do not fit.
         """
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
         self.model = build_model(with_num_classes(cfg, eval_only=True)).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS)
         self.device = cfg.MODEL.DEVICE

@@ -9,7 +9,6 @@ the adapter that lets it run the detectors of this project, and any other of Det
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,26 +32,17 @@ class FieldsPrediction(ObjectPrediction):
 
     Attributes:
         fields: the row of this object of every other field: ``pred_keypoints`` (K, 3) in pixels of
-            the same image as the box, and those of :func:`cbbl_d2.inference.results.extra_fields`.
+            the whole image, and those of :func:`cbbl_d2.inference.results.extra_fields`.
     """
 
-    def __init__(self, *args, fields: dict[str, torch.Tensor] | None = None, **kwargs):
+    def __init__(self, *args, fields: dict[str, torch.Tensor], **kwargs):
         super().__init__(*args, **kwargs)
-        self.fields = fields or {}
+        self.fields = fields
 
-    def get_shifted_object_prediction(self) -> "FieldsPrediction":
+    def get_shifted_object_prediction(self) -> ObjectPrediction:
         shifted = super().get_shifted_object_prediction()
-        fields = dict(self.fields)
-        if "pred_keypoints" in fields:
-            shift = fields["pred_keypoints"].new_tensor([*self.bbox.shift_amount, 0])
-            fields["pred_keypoints"] = fields["pred_keypoints"] + shift
-        return FieldsPrediction(
-            bbox=shifted.bbox.to_xyxy(),
-            category_id=shifted.category.id,
-            category_name=shifted.category.name,
-            score=shifted.score.value,
-            fields=fields,
-        )
+        shifted.fields = self.fields
+        return shifted
 
 
 class CBBLDetectionModel(DetectionModel):
@@ -82,10 +72,10 @@ class CBBLDetectionModel(DetectionModel):
             self.model_path, self.config_path, opts, self.confidence_threshold
         )
         if self.category_mapping is None:
-            self.category_mapping = _category_mapping(find_classes(cfg).names)
+            self.category_mapping = {str(i): x for i, x in enumerate(find_classes(cfg).names)}
         self.set_model(BatchPredictor(cfg))
 
-    def set_model(self, model: BatchPredictor, **kwargs: Any) -> None:
+    def set_model(self, model: BatchPredictor, **kwargs) -> None:
         self.model = model
 
     def perform_inference(self, image: np.ndarray) -> None:
@@ -97,30 +87,19 @@ class CBBLDetectionModel(DetectionModel):
         self._original_shapes = [image.shape for image in images]
 
     @property
-    def num_categories(self) -> int:
-        return len(self.category_mapping or {})
-
-    @property
-    def has_mask(self) -> bool:
-        return False
-
-    @property
     def category_names(self) -> list[str]:
         return list((self.category_mapping or {}).values())
 
     def _create_object_prediction_list_from_original_predictions(
         self, shift_amount_list=((0, 0),), full_shape_list=None
     ) -> None:
-        instances_list = self._original_predictions
         # For a single image sahi gives one shift and one shape, else a list of them.
         shifts = np.reshape(shift_amount_list or [[0, 0]], (-1, 2)).tolist()
-        shapes = [None] * len(instances_list)
+        shapes = [None] * len(shifts)
         if full_shape_list is not None:
             shapes = np.reshape(full_shape_list, (-1, 2)).tolist()
-        self._object_prediction_list_per_image = [
-            self._convert(instances, shift, shape)
-            for instances, shift, shape in zip(instances_list, shifts, shapes, strict=True)
-        ]
+        per_image = zip(self._original_predictions, shifts, shapes, strict=True)
+        self._object_prediction_list_per_image = [self._convert(*x) for x in per_image]
 
     def _convert(self, instances: Instances, shift: list, shape: list | None) -> list:
         instances = instances[instances.scores >= self.confidence_threshold]
@@ -130,25 +109,21 @@ class CBBLDetectionModel(DetectionModel):
             instances = instances[~self._is_piece(instances, shift, shape)]
         fields = extra_fields(instances)
         if instances.has("pred_keypoints"):
-            fields["pred_keypoints"] = instances.pred_keypoints
+            keypoints = instances.pred_keypoints
+            fields["pred_keypoints"] = keypoints + keypoints.new_tensor([*shift, 0])
+        boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
         names = self.category_mapping or {}
         return [
             FieldsPrediction(
-                bbox=box,
+                bbox=boxes[i],
                 category_id=category,
                 category_name=names.get(str(category), f"class {category}"),
-                score=score,
+                score=scores[i],
                 shift_amount=shift,
                 full_shape=shape,
                 fields={name: rows[i] for name, rows in fields.items()},
             )
-            for i, (box, score, category) in enumerate(
-                zip(
-                    instances.pred_boxes.tensor.tolist(),
-                    instances.scores.tolist(),
-                    instances.pred_classes.tolist(),
-                )
-            )
+            for i, category in enumerate(instances.pred_classes.tolist())
         ]
 
     def _is_piece(self, instances: Instances, shift: list, shape: list) -> torch.Tensor:
@@ -244,7 +219,3 @@ class SlicedPredictor:
         for name in found[0].fields if found else ():
             instances.set(name, torch.stack([x.fields[name] for x in found]))
         return instances
-
-
-def _category_mapping(names: Sequence[str]) -> dict[str, str]:
-    return {str(i): name for i, name in enumerate(names)}

@@ -52,10 +52,4 @@ def build_sliced_predictor(
             f"--slice {short_side}, or --opts INPUT.MIN_SIZE_TEST 0, keeps small objects as they "
             "are"
         )
-    return SlicedPredictor(
-        BatchPredictor(cfg),
-        slice_size,
-        overlap=overlap,
-        batch_size=batch_size,
-        whole_image=whole_image,
-    )
+    return SlicedPredictor(BatchPredictor(cfg), slice_size, overlap, batch_size, whole_image)

@@ -36,11 +36,10 @@ class Source:
 
     def spread(self, number: int | None) -> "Source":
         """At most ``number`` of them, see :func:`spread`."""
-        records, names = spread(self.records, number), spread(self.names, number)
-        return Source(records, names, self.takes_videos)
+        return Source(spread(self.records, number), spread(self.names, number), self.takes_videos)
 
     def is_video(self, file: str) -> bool:
-        return self.takes_videos and is_video(file)
+        return self.takes_videos and file.lower().endswith(VIDEO_TYPES)
 
 
 def find_source(
@@ -59,12 +58,12 @@ def find_source(
         UserError: a word stands for nothing, or the data set cannot be loaded.
     """
     if dataset is None:
-        files = find_files(words, types)
-        records = [{"file_name": x} for x in files]
-        return Source(records, relative_names(files), set(VIDEO_TYPES) <= set(types))
-    records = load_dataset(dataset)
-    root = MetadataCatalog.get(dataset).get("image_root", None)
-    return Source(records, relative_names([r["file_name"] for r in records], root))
+        records, root = [{"file_name": x} for x in find_files(words, types)], None
+    else:
+        records = load_dataset(dataset)
+        root = MetadataCatalog.get(dataset).get("image_root", None)
+    names = relative_names([r["file_name"] for r in records], root)
+    return Source(records, names, dataset is not None or set(VIDEO_TYPES) <= set(types))
 
 
 def spread(items: list, number: int | None) -> list:
@@ -100,7 +99,3 @@ def find_files(words: Sequence[str], types: Sequence[str] = IMAGE_TYPES + VIDEO_
         files.extend(found)
     # The same file may be named twice, by itself and by its folder.
     return list({os.path.realpath(x): x for x in reversed(files)}.values())[::-1]
-
-
-def is_video(path: str) -> bool:
-    return path.lower().endswith(VIDEO_TYPES)

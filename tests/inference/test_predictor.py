@@ -44,6 +44,12 @@ def test_weights_that_do_not_fit(checkpoint):
         BatchPredictor(cfg)
 
 
+def test_an_order_of_channels_that_is_not_known(checkpoint):
+    cfg = load_inference_config(checkpoint, None, ["INPUT.FORMAT", "YUV-BT.601"])
+    with pytest.raises(UserError, match="INPUT.FORMAT = 'YUV-BT.601': must be RGB or BGR"):
+        BatchPredictor(cfg)
+
+
 @pytest.mark.parametrize("shape", [(2, 30000, 3), (30000, 2, 3), (1, 1, 3)])
 def test_an_image_of_hardly_any_width(checkpoint, shape):
     """Detectron2 resizes it to nothing, and ends in an error of Pillow."""
