@@ -20,12 +20,11 @@ import warnings
 
 import numpy as np
 import torch
-from cbbl_d2.data.coco_format import register_from_config
-from cbbl_d2.data.dataset_checks import set_num_classes
 from cbbl_d2.engine.checkpoint import load_weights
-from cbbl_d2.engine.cli import add_opts, load_config, number, one_line_errors
+from cbbl_d2.engine.cli import add_opts, number, one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
+from cbbl_d2.inference import load_inference_config
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -86,16 +85,10 @@ def get_tracing_adapter() -> type:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = load_config(args.config_file, args.opts)
-    if args.weights is not None:
-        cfg.MODEL.WEIGHTS = args.weights
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("no weights: give --weights, e.g. --weights OUTPUT_DIR/model_final.pth")
+    cfg = load_inference_config(args.weights, args.config_file, args.opts)
     folder = os.path.dirname(os.path.abspath(args.output))
     if os.path.isdir(args.output) or not os.path.isdir(folder):
         raise UserError(f"{args.output}: --output must be a file in a folder that exists")
-    register_from_config(cfg)
-    set_num_classes(cfg, eval_only=True)
     cfg.freeze()
     return cfg
 
@@ -115,20 +108,14 @@ def make_examples(cfg: CfgNode, files: list[str], size: list[int] | None) -> lis
     Raises:
         UserError: an image cannot be read.
     """
+    default = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     pictures = [_read(cfg, file) for file in files] or [_noise(cfg)]
     examples = []
     for i in range(max(len(SCALES), len(pictures))):
         picture = pictures[i % len(pictures)]
-        if size is not None:
-            height, width = size
-        elif cfg.INPUT.MIN_SIZE_TEST > 0:  # 0: images are not resized
-            resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-            height, width = resize.get_transform(picture).apply_image(picture).shape[:2]
-        else:
-            height, width = picture.shape[:2]
+        height, width = size or _resized(picture, default).shape[:2]
         scale_y, scale_x = SCALES[i % len(SCALES)]
-        resize = T.Resize((round(height * scale_y), round(width * scale_x)))
-        picture = resize.get_transform(picture).apply_image(picture)
+        picture = _resized(picture, T.Resize((round(height * scale_y), round(width * scale_x))))
         examples.append(torch.as_tensor(picture.astype("float32").transpose(2, 0, 1)))
     return examples
 
@@ -145,8 +132,11 @@ def _noise(cfg: CfgNode) -> np.ndarray:
     height = cfg.INPUT.MIN_SIZE_TEST or 480
     size = (max(height // 16, 1), max(height // 12, 1), 3)
     blobs = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    resize = T.Resize((size[0] * 16, size[1] * 16))
-    return resize.get_transform(blobs).apply_image(blobs)
+    return _resized(blobs, T.Resize((size[0] * 16, size[1] * 16)))
+
+
+def _resized(image: np.ndarray, resize: T.Augmentation) -> np.ndarray:
+    return resize.get_transform(image).apply_image(image)
 
 
 # -- model to file ---------------------------------------------------------------------------------
@@ -184,9 +174,7 @@ def trace(tracing_adapter: type, model: nn.Module, image: torch.Tensor) -> bytes
     Raises:
         UserError: the model cannot be traced.
     """
-    adapter = tracing_adapter(
-        model, image, lambda model, image: tuple(detect(model, image).values())
-    )
+    adapter = tracing_adapter(model, image, lambda *inputs: tuple(detect(*inputs).values()))
     content = io.BytesIO()
     try:
         # torch's own check compares tensors one by one, which equal scores make fail.
@@ -239,14 +227,6 @@ def compare(
     return num_objects, largest
 
 
-def write(path: str, content: bytes) -> None:
-    try:
-        with atomic_write(path, "wb") as f:
-            f.write(content)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
-
-
 USE = """Use it, with torch and torchvision alone:
 
     import torch, torchvision  # the latter has operators that the file needs
@@ -278,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         content = trace(tracing_adapter, model, examples[0])
         exported = torch.jit.load(io.BytesIO(content), map_location=model.device)
         num_objects, largest = compare(model, exported, examples)
-    write(args.output, content)
+    with open_whole(args.output, "wb") as f:
+        f.write(content)
 
     sizes = ", ".join(f"{x.shape[1]}x{x.shape[2]}" for x in examples)
     print(f"{args.output} written ({len(content) / 2**20:.1f} MB)")
