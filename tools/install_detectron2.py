@@ -267,35 +267,26 @@ def apply_patch(files, patch):
     return fixed
 
 
-def wheel_contents(files):
-    """The files of the wheel, in the order in which pip will write them."""
-    contents = {}
+def write_wheel(files, folder):
+    """Write a wheel of the source `files` into `folder`; return its path."""
+    info = f"detectron2-{WHEEL_VERSION}.dist-info/"
+    contents = {}  # in the order in which pip will write them
     for path, data in sorted(files.items()):  # detectron2/_C.py comes first: see remove_leftovers
         path = re.sub(PROJECTS, r"detectron2/projects/\1/", path)
         if path.startswith("detectron2/"):
             contents[path] = data
-    info = f"detectron2-{WHEEL_VERSION}.dist-info/"
     contents[info + "METADATA"] = METADATA.encode("utf-8")
     contents[info + "WHEEL"] = WHEEL.encode("utf-8")
     contents[info + "top_level.txt"] = b"detectron2\n"
     contents[info + "LICENSE"] = files["LICENSE"]
-    return contents
-
-
-def write_wheel(contents, folder):
-    """Write `contents` and their RECORD as a wheel into `folder`; return its path."""
-    name = f"detectron2-{WHEEL_VERSION}"
-    record_path = f"{name}.dist-info/RECORD"
-    record = []
-    for path, data in contents.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=")
-        record.append(f"{path},sha256={digest.decode('ascii')},{len(data)}\n")
-    record.append(record_path + ",,\n")
-    wheel = folder / f"{name}-py3-none-any.whl"
+    record = f"{info}RECORD,,\n"
+    wheel = folder / f"detectron2-{WHEEL_VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, data in contents.items():
             archive.writestr(path, data)
-        archive.writestr(record_path, "".join(record))
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=")
+            record += f"{path},sha256={digest.decode('ascii')},{len(data)}\n"
+        archive.writestr(info + "RECORD", record)
     return wheel
 
 
@@ -332,7 +323,7 @@ def install(sdist, force, work):
     files = read_sdist(download_sdist(work) if sdist is None else sdist)
     print(f"[3/5] Building a wheel, changed by {PATCH.name}", flush=True)
     files = apply_patch(files, PATCH.read_text(encoding="utf-8"))
-    wheel = write_wheel(wheel_contents(files), work)
+    wheel = write_wheel(files, work)
     print("[4/5] Installing it and what it requires", flush=True)
     pip_install(wheel, work, force)
     print("[5/5] Building and running a Faster R-CNN on the CPU", flush=True)

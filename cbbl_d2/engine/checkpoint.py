@@ -184,12 +184,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
             loaded = {"model": loaded}
         weights = loaded.get("model") if isinstance(loaded, dict) else None
         if not isinstance(weights, dict) or not all(
-            isinstance(name, str)
-            and isinstance(value, (torch.Tensor, np.ndarray))
-            and not (
-                np.iscomplexobj(value) if isinstance(value, np.ndarray) else value.is_complex()
-            )
-            for name, value in weights.items()
+            isinstance(name, str) and _is_real_tensor(value) for name, value in weights.items()
         ):
             raise UserError(
                 f"{filename}: not a checkpoint of Detectron2: it must be a dict of tensors, or one "
@@ -206,7 +201,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
     def _drop_other_grids(self, checkpoint: Dict[str, Any]) -> None:
         """Take out of the weights those of layers with another grid than in the model."""
         weights = checkpoint["model"]
-        for layer, module in getattr(self.model, "module", self.model).named_modules():
+        for layer, module in self.model.named_modules():
             if "grid" not in module._buffers:
                 continue
             grid, saved = module.grid.cpu(), weights.get(f"{layer}.grid")
@@ -224,13 +219,12 @@ class CBBLCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = weights
 
     def _load_model(self, checkpoint: Any):
-        model = getattr(self.model, "module", self.model)
-        checkpoint["model"] = as_detector_weights(model, checkpoint["model"], self._path)
+        checkpoint["model"] = as_detector_weights(self.model, checkpoint["model"], self._path)
         self._drop_other_grids(checkpoint)
         incompatible = super()._load_model(checkpoint)
         # The statistics of batch norms are buffers; these others the config or the use decides.
         own = ("pixel_mean", "pixel_std", "num_batches_tracked")
-        weights = [name for name in model.state_dict() if not name.endswith(own)]
+        weights = [name for name in self.model.state_dict() if not name.endswith(own)]
         wrong_shape = [name for name, _, _ in incompatible.incorrect_shapes]
         absent = {*incompatible.missing_keys, *wrong_shape}
         anew = _layers([name for name in weights if name in absent])
@@ -277,7 +271,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 def _is_real_tensor(value: Any) -> bool:
     if isinstance(value, np.ndarray):
-        return value.dtype.kind in "fiub"
+        return value.dtype.kind in "fiub"  # floats, integers, bool
     return isinstance(value, torch.Tensor) and not value.is_complex()
 
 

@@ -52,16 +52,13 @@ def check_model_config(cfg: CfgNode) -> None:
         ConfigError: a part of the model that is not registered, or anchors for another number of
             feature levels.
     """
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    model = cfg.MODEL
+    is_rcnn = model.META_ARCHITECTURE == "GeneralizedRCNN"
     for key, name, registry in (
-        ("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        ("BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
-        (
-            "PROPOSAL_GENERATOR.NAME",
-            cfg.MODEL.PROPOSAL_GENERATOR.NAME,
-            PROPOSAL_GENERATOR_REGISTRY,
-        ),
-        ("ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+        ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("PROPOSAL_GENERATOR.NAME", model.PROPOSAL_GENERATOR.NAME, PROPOSAL_GENERATOR_REGISTRY),
+        ("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
     ):
         if name in registry or (name == "PrecomputedProposals" and is_rcnn):
             continue
@@ -73,7 +70,7 @@ def check_model_config(cfg: CfgNode) -> None:
     node = anchor_node(cfg)
     if node is None:
         return
-    levels, anchors = cfg.MODEL[node].IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
+    levels, anchors = model[node].IN_FEATURES, model.ANCHOR_GENERATOR
     for key in ("SIZES", "ASPECT_RATIOS"):
         if len(anchors[key]) not in (1, len(levels)):
             raise ConfigError(

@@ -43,25 +43,19 @@ def explain_divergence(
     """
     losses = [f"{name} is {value}" for name, value in _LOSS.findall(str(error))]
     what = ", ".join(losses) or "the predicted boxes or scores are not finite"
-    images = list(batches[-1]) if batches else []
-    where = "on the images"
-    if not is_finite(model):
-        # No input helps then: the step before this forward pass has done it.
-        images = list(batches[-2]) if len(batches) > 1 else []
-        where = (
-            f", as the weights are no longer finite since iteration {iteration - 1}, trained on "
-            "the images"
-            if images
-            else ", as the weights that training started with are not finite"
-        )
-    where = where if where.startswith(",") else f" {where}"
-    if images:
-        others = ""
-        if num_processes > 1:
-            others = f" of this process, or on those of the other {num_processes - 1}"
-        where += f" {listed(images, limit=16)}{others}"
-    elif not where.startswith(","):
-        where = ""
+    finite = is_finite(model)
+    # With broken weights no input helps: the step before this forward pass has done it.
+    index = 1 if finite else 2
+    images = f"on the images {listed(batches[-index], limit=16)}" if len(batches) >= index else ""
+    if images and num_processes > 1:
+        images += f" of this process, or on those of the other {num_processes - 1}"
+    if finite:
+        where = f" {images}" if images else ""
+    elif images:
+        since = f"since iteration {iteration - 1}, trained {images}"
+        where = f", as the weights are no longer finite {since}"
+    else:
+        where = ", as the weights that training started with are not finite"
     clip = "set SOLVER.CLIP_GRADIENTS.ENABLED True"
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         clip = f"lower SOLVER.CLIP_GRADIENTS.CLIP_VALUE, {cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE:g}"

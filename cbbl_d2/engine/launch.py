@@ -63,9 +63,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, hand_on)
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         detectron2_launch(
             _run_process,

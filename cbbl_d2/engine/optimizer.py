@@ -34,11 +34,6 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
     raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
 
 
-def optimizer_groups(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parameter groups in the state of Detectron2's ``SimpleTrainer``."""
-    return state["optimizer"]["param_groups"]
-
-
 def follow_config(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,

@@ -24,7 +24,7 @@ from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .divergence import explain_divergence, is_finite, user_errors_in_one_line
 from .gradient_stats import GradientStats
 from .hooks import BestCheckpointer, ResumeState, WriteEvaluations
-from .optimizer import build_optimizer, follow_config, optimizer_groups
+from .optimizer import build_optimizer, follow_config
 from .rng import preserve_rng
 from .stop import StopOnRequest, StopRequest
 
@@ -184,7 +184,7 @@ class CBBLTrainer(DefaultTrainer):
             )
         optimizer = self._trainer.optimizer
         new = [dict(group) for group in optimizer.param_groups]
-        old = optimizer_groups(state_dict["_trainer"])
+        old = state_dict["_trainer"]["optimizer"]["param_groups"]
         same_kind = all(("betas" in a) == ("betas" in b) for a, b in zip(new, old))
         if not same_kind or [len(g["params"]) for g in new] != [len(g["params"]) for g in old]:
             raise UserError(

@@ -146,12 +146,9 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         ):
             # fast_rcnn_inference leaves out what is not finite before it counts.
             finite = torch.isfinite(boxes_i).all(dim=1) & torch.isfinite(scores_i).all(dim=1)
+            proposal_boxes = p.proposal_boxes.tensor[finite]
             self._add_uncertainty(
-                result,
-                kept_i,
-                scores_i[finite],
-                logits_i[finite],
-                p.proposal_boxes.tensor[finite],
+                result, kept_i, scores_i[finite], logits_i[finite], proposal_boxes
             )
         return results, kept
 
@@ -174,10 +171,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             return
 
         regions, classes = nonzero_tuple(scores[:, : self.num_classes] > self.test_score_thresh)
-        logits, proposal_boxes = (
-            self._logits_of_class(logits[regions], classes),
-            proposal_boxes[regions],
-        )
+        logits = self._logits_of_class(logits[regions], classes)
+        proposal_boxes = proposal_boxes[regions]
         candidates = Boxes(self.box2box_transform.apply_deltas(logits, proposal_boxes))
         candidates.clip(result.image_size)
         variances = self.box2box_transform.side_variances(logits, proposal_boxes)
@@ -210,8 +205,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         if self._is_class_agnostic(logits):
             return logits
-        logits = logits.view(-1, self.num_classes, 4 * self.box2box_transform.num_points)
-        return logits[torch.arange(logits.shape[0], device=logits.device), classes]
+        regions = torch.arange(logits.shape[0], device=logits.device)
+        return logits.unflatten(1, (self.num_classes, -1))[regions, classes]
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """
@@ -223,11 +218,9 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             Tensor: boxes, shape ``(Ri, K * 4)``; below the threshold just the proposal.
         """
-        num_regions, num_classes = logits.shape[0], self.num_classes
-        num_logits = 4 * self.box2box_transform.num_points
+        num_classes = self.num_classes
         region, class_ = nonzero_tuple(scores[:, :num_classes] > self.test_score_thresh)
-        logits = logits.view(num_regions, num_classes, num_logits)[region, class_]
-        decoded = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
+        logits = logits.unflatten(1, (num_classes, -1))[region, class_]
         boxes = proposal_boxes.float()[:, None].repeat(1, num_classes, 1)
-        boxes[region, class_] = decoded
-        return boxes.view(num_regions, num_classes * 4)
+        boxes[region, class_] = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
+        return boxes.flatten(1)

@@ -17,6 +17,8 @@ from cbbl_d2.modeling import (
 from cbbl_d2.modeling.fcos import dense_head_norm
 from detectron2.config import LazyCall as L
 
+from .parts import box_parts
+
 # The grids cover the offsets after the weights of the box transform; that of FCOS the distances to
 # the sides of a box in strides. The meaning of each value: cbbl_d2/config.py.
 _BOX_GRID = dict(alpha=5.0, beta=1.0, num_intervals=5)
@@ -33,9 +35,7 @@ _DENSE_LOSS_WEIGHT = 0.25
 
 def cbbl_box_head(model) -> None:
     """The box head of Faster, Mask, Keypoint and Cascade R-CNN, the latter's in each stage."""
-    roi_heads = model.roi_heads
-    is_cascade = "box_predictors" in roi_heads
-    for predictor in roi_heads.box_predictors if is_cascade else [roi_heads.box_predictor]:
+    for predictor in box_parts(model.roi_heads, "box_predictor"):
         _localize_by_cbbl(predictor, CBBLFastRCNNOutputLayers, _BOX_GRID)
         predictor.cls_agnostic_bbox_reg = True
         predictor.loss_weight = {"loss_box_reg": _TWO_STAGE_LOSS_WEIGHT}

@@ -2,6 +2,7 @@
 
 from detectron2 import model_zoo
 
+from .parts import without_masks
 from .train import train
 
 optimizer = model_zoo.get_config("common/optim.py").SGD
@@ -14,9 +15,3 @@ def coco_model(name):
     model = model_zoo.get_config(f"common/models/{name}.py").model
     model.backbone.bottom_up.freeze_at = 2
     return model
-
-
-def without_masks(model) -> None:
-    """From a Mask R-CNN to a Faster R-CNN."""
-    for key in ("mask_in_features", "mask_pooler", "mask_head"):
-        model.roi_heads.pop(key)

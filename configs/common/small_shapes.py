@@ -14,6 +14,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from .data import coco as dataloader
+from .parts import box_parts, without_masks
 from .train import train
 
 _NUM_CLASSES = 5
@@ -66,21 +67,20 @@ def small_rcnn(name="mask_rcnn_fpn"):
     roi_heads.num_classes = _NUM_CLASSES
     roi_heads.batch_size_per_image = 64
     roi_heads.box_pooler.sampling_ratio = 2
-    is_cascade = "box_heads" in roi_heads
-    for head in roi_heads.box_heads if is_cascade else [roi_heads.box_head]:
+    for head in box_parts(roi_heads, "box_head"):
         head.input_shape = ShapeSpec(channels=_CHANNELS, height=7, width=7)
         head.fc_dims = [_FC_DIM, _FC_DIM]
-    for predictor in roi_heads.box_predictors if is_cascade else [roi_heads.box_predictor]:
+    for predictor in box_parts(roi_heads, "box_predictor"):
         predictor.input_shape = ShapeSpec(channels=_FC_DIM)
     return model
 
 
 def small_faster_rcnn():
-    return _without_masks(small_rcnn())
+    return without_masks(small_rcnn())
 
 
 def small_cascade_rcnn():
-    return _without_masks(small_rcnn("cascade_rcnn"))
+    return without_masks(small_rcnn("cascade_rcnn"))
 
 
 def small_mask_rcnn(dataloader):
@@ -128,10 +128,4 @@ def small_dense(name):
             [round(size * 2 ** (i / 3), 2) for i in range(3)] for size in (8, 16, 32, 64, 128)
         ]
         model.anchor_generator.strides = [4, 8, 16, 32, 64]
-    return model
-
-
-def _without_masks(model):
-    for key in ("mask_in_features", "mask_pooler", "mask_head"):
-        model.roi_heads.pop(key)
     return model

@@ -181,8 +181,7 @@ def test_tools_that_apply_patches_take_it_as_well(tool, tmp_path):
 
 @pytest.fixture
 def wheel(tool, sdist, tmp_path):
-    contents = tool.wheel_contents(patched(tool, tool.read_sdist(sdist)))
-    return zipfile.ZipFile(tool.write_wheel(contents, tmp_path))
+    return zipfile.ZipFile(tool.write_wheel(patched(tool, tool.read_sdist(sdist)), tmp_path))
 
 
 def test_wheel_has_the_packages_and_nothing_else(tool, wheel):
