@@ -10,9 +10,9 @@ first use.
 import argparse
 import dataclasses
 import os
-import sys
 
 from cbbl_d2.data import SmallShapesSpec, generate_small_shapes
+from cbbl_d2.engine import one_line_errors
 from cbbl_d2.errors import UserError
 
 HELP = {
@@ -46,21 +46,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+@one_line_errors
+def main(argv=None) -> None:
     args = vars(parse_args(argv))
     folder = args.pop("output")
-    try:
-        spec = SmallShapesSpec(**args)
-        if os.path.exists(folder):
-            raise UserError(f"{folder} exists already: delete it or choose another --output")
-        generate_small_shapes(folder, spec)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    spec = SmallShapesSpec(**args)
+    if os.path.exists(folder):
+        raise UserError(f"{folder} exists already: delete it or choose another --output")
+    generate_small_shapes(folder, spec)
     print(f"images:      {folder}/{{train,val,test}}/*.png")
     print(f"annotations: {folder}/annotations/instances_{{train,val,test}}.json")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,6 +23,7 @@ With --dataset, AP and APvs are computed as train_net.py does, and go to metrics
 
 import argparse
 import contextlib
+import io
 import os
 
 from cbbl_d2.data.broken_images import large_images
@@ -30,24 +31,20 @@ from cbbl_d2.data.dataset_checks import warn_of_many_objects
 from cbbl_d2.engine.cli import add_opts, number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
-from cbbl_d2.inference import (
-    BatchPredictor,
-    Classes,
-    ImageResult,
-    find_classes,
-    load_inference_config,
-)
+from cbbl_d2.evaluation.slices import build_prediction_evaluator
+from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
 from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
-from cbbl_d2.inference.folder import make_folder, parts_with_files
-from cbbl_d2.inference.metrics import DatasetMetrics
+from cbbl_d2.inference.classes import Classes
+from cbbl_d2.inference.folder import make_folder
 from cbbl_d2.inference.pictures import Pictures
-from cbbl_d2.inference.results import Results
+from cbbl_d2.inference.results import ImageResult, Results
 from cbbl_d2.inference.run import Predictor, predict_all
 from cbbl_d2.inference.slicing import build_sliced_predictor
 from cbbl_d2.inference.sources import Source, find_source
-from cbbl_d2.inference.writers import WRITERS
+from cbbl_d2.inference.writers import WRITERS, write_json
 from cbbl_d2.messages import count, listed
 from detectron2.config import CfgNode
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import create_small_table, setup_logger
 
 FORMATS = ("pictures", *WRITERS)
@@ -100,12 +97,6 @@ def get_parser() -> argparse.ArgumentParser:
     add_pictures(
         parser, "predict on at most N files, evenly spread; default: all. No AP for a data set"
     )
-    add_slicing(parser)
-    add_opts(parser)
-    return parser
-
-
-def add_slicing(parser: argparse.ArgumentParser) -> None:
     slicing = parser.add_argument_group("large images (needs the package sahi)")
     slicing.add_argument(
         "--slice",
@@ -124,6 +115,8 @@ def add_slicing(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="predict on the slices alone, and not also on the whole image",
     )
+    add_opts(parser)
+    return parser
 
 
 def has_metrics(args: argparse.Namespace) -> bool:
@@ -136,9 +129,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     threshold = args.confidence_threshold
     if threshold is None and not has_metrics(args):
         threshold = THRESHOLD
-    cfg = load_inference_config(
-        args.weights, args.config_file, args.opts, threshold, dataset=args.dataset
-    )
+    cfg = load_inference_config(args.weights, args.config_file, args.opts, threshold, args.dataset)
     if args.slice is not None and cfg.MODEL.MASK_ON:
         print("--slice: boxes without masks, which are not put together across slices")
         cfg.MODEL.MASK_ON = False
@@ -185,7 +176,8 @@ def say_class_names(classes: Classes) -> None:
 
 
 def say_earlier_files(folder: str) -> None:
-    left = parts_with_files(folder, ("pictures", "videos", "yolo/labels"))
+    parts = {x: os.path.join(folder, x) for x in ("pictures", "videos", "yolo/labels")}
+    left = [part for part, path in parts.items() if os.path.isdir(path) and os.listdir(path)]
     if left:
         print(
             f"{folder}: {listed(left)} {'has' if len(left) == 1 else 'have'} files of an earlier "
@@ -201,11 +193,10 @@ def say_what_is_found(
         limit: objects that the model reports for an image at most; None: not known.
     """
     objects = sum(len(r.detections) for r in results)
+    notes = {"skipped": skipped, "not drawn": pictures.skipped.count}
     print(
         f"{count(objects, 'object', 'objects')} in {count(len(results), 'image', 'images')}, "
-        f"written to {folder}"
-        + (f", {skipped} skipped" if skipped else "")
-        + (f", {pictures.skipped.count} not drawn" if pictures.skipped.count else "")
+        f"written to {folder}" + "".join(f", {n} {what}" for what, n in notes.items() if n)
     )
     full = 0 if limit is None else sum(len(r.detections) >= limit for r in results)
     if full:
@@ -216,7 +207,7 @@ def say_what_is_found(
         )
 
 
-def finish_metrics(metrics: DatasetMetrics, folder: str, dataset: str, skipped: int) -> None:
+def finish_metrics(evaluator: COCOEvaluator, folder: str, dataset: str, skipped: int) -> None:
     """
     Raises:
         UserError: images are missing, or the file cannot be written.
@@ -225,7 +216,10 @@ def finish_metrics(metrics: DatasetMetrics, folder: str, dataset: str, skipped: 
         raise UserError(
             f"{dataset}: no AP, because {skipped} of its images cannot be read: restore them"
         )
-    for task, numbers in metrics.write(os.path.join(folder, "metrics.json")).items():
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics = evaluator.evaluate()
+    write_json(os.path.join(folder, "metrics.json"), metrics)
+    for task, numbers in metrics.items():
         table = create_small_table({k: numbers[k] for k in AP_COLUMNS if k in numbers})
         print(f"{task}\n{table}")
 
@@ -253,14 +247,15 @@ def run(args: argparse.Namespace) -> None:
     if args.dataset is not None and not is_sliced:
         warn_of_many_objects(cfg, args.dataset, source.records)
     source = source.spread(args.num_images)
-    results, metrics = Results(), None
+    results, evaluator = Results(), None
     pictures = build_pictures(folder, source, classes, args)
     formats = args.formats or [x for x in FORMATS if x != "pictures" or not has_metrics(args)]
     takers = [pictures.take] if "pictures" in formats else []
     takers.append(results.take)
     if has_metrics(args):
-        metrics = DatasetMetrics(cfg, args.dataset, folder, is_sliced)
-        takers.append(metrics.take)
+        evaluator = build_prediction_evaluator(cfg, args.dataset, folder, is_sliced)
+        # Last of all: it shifts keypoints in place.
+        takers.append(lambda frame, x: evaluator.process([frame.record], [{"instances": x}]))
     with pictures:
         skipped = predict_all(source, predictor, takers, args.batch_size)
 
@@ -271,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
         write(os.path.join(folder, name), found, classes)
     limit = None if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
     say_what_is_found(found, folder, skipped, pictures, limit)
-    if metrics is not None:
-        finish_metrics(metrics, folder, args.dataset, skipped)
+    if evaluator is not None:
+        finish_metrics(evaluator, folder, args.dataset, skipped)
         return
     if args.dataset is not None:
         print(f"{args.dataset}: no AP, which needs all its images: leave out --num-images")
