@@ -31,10 +31,12 @@ from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.messages import count, explain_json_error, listed, short
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 
 __all__ = [
     "CocoLoader",
+    "ComputedPaths",
     "is_coco_format",
     "load_coco_format",
     "read_annotation_json",
@@ -102,6 +104,21 @@ def register_from_config(cfg: CfgNode) -> None:
 def is_coco_format(name: str) -> bool:
     """Whether a data set is one that :class:`CocoLoader` checks."""
     return name in DatasetCatalog and isinstance(DatasetCatalog[name], CocoLoader)
+
+
+class ComputedPaths(Metadata):
+    """
+    Metadata of files in Detectron2's data-set root, which may change after import, or that are made
+    on first use. Its ``paths`` is a function, called at each access.
+    """
+
+    @property
+    def json_file(self) -> str:
+        return self.paths()[0]
+
+    @property
+    def image_root(self) -> str:
+        return self.paths()[1]
 
 
 class CocoLoader:

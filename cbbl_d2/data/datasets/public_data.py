@@ -11,14 +11,13 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from cbbl_d2.data.coco_format import CocoLoader, read_annotation_json
+from cbbl_d2.data.coco_format import CocoLoader, ComputedPaths, read_annotation_json
 from cbbl_d2.data.coco_validation import check_structure
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.files import atomic_write
 from cbbl_d2.messages import listed
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from PIL import Image
 from tqdm import tqdm
 
@@ -71,7 +70,12 @@ def register_public(
         source: what to download and where, for the message that the files are missing.
         command: arguments of ``tools/convert_dataset.py`` that make the file.
     """
-    MetadataCatalog[name] = _PublicMetadata(name=name, public_folder=folder, public_split=split)
+
+    def paths() -> tuple[str, str]:
+        root = dataset_folder(folder)
+        return converted_json(root, split), root
+
+    MetadataCatalog[name] = ComputedPaths(name=name, paths=paths)
     MetadataCatalog.get(name).set(
         evaluator_type="coco",
         thing_classes=list(classes),
@@ -79,18 +83,6 @@ def register_public(
         evaluation_rules=rules,
     )
     DatasetCatalog.register(name, _Loader(name, source, command))
-
-
-class _PublicMetadata(Metadata):
-    """The paths are computed at each access: the data-set root may change after import."""
-
-    @property
-    def json_file(self) -> str:
-        return converted_json(self.image_root, self.public_split)
-
-    @property
-    def image_root(self) -> str:
-        return dataset_folder(self.public_folder)
 
 
 class _Loader(CocoLoader):

@@ -27,14 +27,13 @@ import os
 
 import numpy as np
 from cbbl_d2.data.broken_images import missing_images
-from cbbl_d2.data.coco_format import CocoLoader
+from cbbl_d2.data.coco_format import CocoLoader, ComputedPaths
 from cbbl_d2.data.coco_writer import CocoWriter, numbered_categories
 from cbbl_d2.data.datasets.small_shapes_drawing import SPLITS, SmallShapesSpec, draw_image
 from cbbl_d2.data.datasets.small_shapes_geometry import CLASS_NAMES, KEYPOINT_NAMES, Shape
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import atomic_folder
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
@@ -70,18 +69,16 @@ def register_small_shapes(
     spec = SmallShapesSpec() if spec is None else spec
     for split in SPLITS:
         name = f"{name_prefix}_{split}"
-        identity = {"small_shapes": spec.fingerprint, "small_shapes_root": root}
+        loader = _Loader(name, spec, split, root)
         if name in DatasetCatalog:
-            present = MetadataCatalog.get(name).as_dict()
-            if any(key not in present or present[key] != identity[key] for key in identity):
+            if getattr(DatasetCatalog[name], "identity", None) != loader.identity:
                 raise UserError(
                     f"data set name {name} is already registered with other data: "
                     f"choose another name_prefix"
                 )
             continue
-        MetadataCatalog[name] = _SmallShapesMetadata(name=name, small_shapes_split=split)
+        MetadataCatalog[name] = ComputedPaths(name=name, paths=loader.paths)
         MetadataCatalog.get(name).set(
-            **identity,
             evaluator_type="coco",
             thing_classes=list(CLASS_NAMES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
@@ -89,7 +86,7 @@ def register_small_shapes(
             keypoint_flip_map=[("left", "right")],
             keypoint_connection_rules=[(a, b, _LINE_COLOR) for a, b in _SKELETON],
         )
-        DatasetCatalog.register(name, _Loader(name, spec, root))
+        DatasetCatalog.register(name, loader)
 
 
 def generate_small_shapes(folder: str, spec: SmallShapesSpec, progress: bool = True) -> None:
@@ -123,35 +120,24 @@ def generate_small_shapes(folder: str, spec: SmallShapesSpec, progress: bool = T
         ) from e
 
 
-class _SmallShapesMetadata(Metadata):
-    """
-    Metadata that knows where the files are before they exist.
-
-    The paths are computed at each access, because the data-set root may change after import.
-    """
-
-    @property
-    def json_file(self) -> str:
-        return _json_file(self._folder, self.small_shapes_split)
-
-    @property
-    def image_root(self) -> str:
-        return os.path.join(self._folder, self.small_shapes_split)
-
-    @property
-    def _folder(self) -> str:
-        return _folder(self.small_shapes_root, self.small_shapes)
-
-
 class _Loader(CocoLoader):
     """Makes the files if needed."""
 
-    def __init__(self, name: str, spec: SmallShapesSpec, root: str | None):
+    def __init__(self, name: str, spec: SmallShapesSpec, split: str, root: str | None):
         super().__init__(name)
-        self._spec, self._root = spec, root
+        self._spec, self._split, self._root = spec, split, root
+        self.identity = (spec.fingerprint, split, root)
+
+    def _folder(self) -> str:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets") if self._root is None else self._root
+        return os.path.join(os.path.expanduser(root), "small_shapes", self._spec.fingerprint)
+
+    def paths(self) -> tuple[str, str]:
+        folder = self._folder()
+        return _json_file(folder, self._split), os.path.join(folder, self._split)
 
     def load(self) -> list[dict]:
-        folder = _folder(self._root, self._spec.fingerprint)
+        folder = self._folder()
         if not os.path.isdir(folder):
             generate_small_shapes(folder, self._spec)
         try:
@@ -165,12 +151,6 @@ class _Loader(CocoLoader):
                 "again, it is then drawn anew"
             ) from e
         return dicts
-
-
-def _folder(root: str | None, fingerprint: str) -> str:
-    if root is None:
-        root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    return os.path.join(os.path.expanduser(root), "small_shapes", fingerprint)
 
 
 def _json_file(folder: str, split: str) -> str:
