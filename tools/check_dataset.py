@@ -28,10 +28,10 @@ from cbbl_d2.dataset_report.report import (
 )
 from cbbl_d2.dataset_report.size_histogram import plot_sizes
 from cbbl_d2.dataset_report.suggestions import anchor_levels, format_yaml, suggest_settings
-from cbbl_d2.engine import check_model_config, load_config, one_line_errors
-from cbbl_d2.engine.cli import add_opts
+from cbbl_d2.engine import check_engine_config, check_model_config
+from cbbl_d2.engine.cli import add_opts, load_config, one_line_errors
 from cbbl_d2.errors import UserError
-from cbbl_d2.files import atomic_write
+from cbbl_d2.files import open_whole
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
@@ -80,10 +80,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     register_from_config(cfg)
     check_cbbl_config(cfg)
+    check_engine_config(cfg, eval_only=True)
     check_model_config(cfg)
-    for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-        if cfg.INPUT[key] < 0:
-            raise UserError(f"INPUT.{key} = {cfg.INPUT[key]}: must be a number of pixels")
     cfg.freeze()
     return cfg
 
@@ -106,22 +104,12 @@ def write_picture(path: str, report: DatasetReport, cfg: CfgNode, title: str) ->
     at_input = report.objects.resized(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     levels = anchor_levels(cfg)
     anchors = sorted({size for level in levels.sizes for size in level}) if levels else []
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with atomic_write(path, "wb") as f:
-            plot_sizes(
-                f,
-                title,
-                {
-                    "in the image file": report.objects.sizes,
-                    f"at the model's input (short side {cfg.INPUT.MIN_SIZE_TEST})": at_input.sizes,
-                },
-                report.objects.classes,
-                report.class_names,
-                anchors,
-            )
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+    columns = {
+        "in the image file": report.objects.sizes,
+        f"at the model's input (short side {cfg.INPUT.MIN_SIZE_TEST})": at_input.sizes,
+    }
+    with open_whole(path, "wb") as f:
+        plot_sizes(f, title, columns, report.objects.classes, report.class_names, anchors)
 
 
 @one_line_errors

@@ -157,9 +157,8 @@ def _scaled(sizes: Sequence[Sequence[float]], step: int) -> list[list[float]]:
 
 def _aspect_ratios(objects: ObjectTable, levels: AnchorLevels) -> list[Sequence[Sequence[float]]]:
     options = [levels.aspect_ratios]
-    if {tuple(ratios) for ratios in levels.aspect_ratios} == {tuple(levels.aspect_ratios[0])} and (
-        len(levels.aspect_ratios[0]) == len(_QUANTILES)
-    ):
+    shared = {tuple(ratios) for ratios in levels.aspect_ratios}
+    if len(shared) == 1 and len(levels.aspect_ratios[0]) == len(_QUANTILES):
         width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).T
         ratios = [round(float(x), 2) for x in np.quantile(height / width, _QUANTILES)]
         if len(set(ratios)) == len(ratios) and min(ratios) > 0:

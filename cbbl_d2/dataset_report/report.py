@@ -32,7 +32,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .object_table import ObjectTable, object_table
-from .size_histogram import format_sizes, share_below
+from .size_histogram import format_sizes
 
 __all__ = ["DatasetReport", "check_images", "format_report", "read_dataset", "report_on"]
 
@@ -317,7 +317,7 @@ def format_report(report: DatasetReport, cfg: CfgNode) -> str:
     at_input = objects.resized(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     per_image = objects.per_image()
     crowds = f" and {count(report.num_crowds, 'crowd', 'crowds')}" if report.num_crowds else ""
-    shares = ", ".join(f"{share_below(at_input.sizes, x):.1%} under {x} px" for x in _SMALL)
+    shares = ", ".join(f"{np.mean(at_input.sizes < x):.1%} under {x} px" for x in _SMALL)
     return "\n".join(
         [
             report.title,
@@ -335,8 +335,7 @@ def format_report(report: DatasetReport, cfg: CfgNode) -> str:
             format_sizes({"file": objects.sizes, "input": at_input.sizes}),
             f"At the input: {shares}",
             "",
-            *(f"warning: {line}" for line in report.warnings or ()),
-            *([] if report.warnings else ["Nothing wrong was found."]),
+            *([f"warning: {line}" for line in report.warnings] or ["Nothing wrong was found."]),
         ]
     )
 

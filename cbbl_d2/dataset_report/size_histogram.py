@@ -5,42 +5,28 @@ from collections.abc import Sequence
 import numpy as np
 from cbbl_d2.messages import plot_text
 
-__all__ = ["count_sizes", "format_sizes", "plot_sizes", "share_below"]
+__all__ = ["format_sizes", "plot_sizes"]
 
 # Pixels. 16: APvs of this project; 32 and 96: COCO's small, medium and large.
 EDGES = (0, 4, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)
 
 
-def share_below(sizes: np.ndarray, limit: float) -> float:
-    """Share of the objects smaller than ``limit`` pixels, from 0 to 1."""
-    return float(np.mean(sizes < limit)) if len(sizes) else 0.0
-
-
-def count_sizes(sizes: np.ndarray) -> list[int]:
-    """Number of objects from each edge of ``EDGES`` up to, and without, the next."""
-    return np.bincount(
-        np.searchsorted(EDGES, sizes, side="right") - 1, minlength=len(EDGES) - 1
-    ).tolist()
-
-
 def format_sizes(columns: dict[str, np.ndarray]) -> str:
     """
-    A table with a line for each range of sizes that has an object.
+    A table with a line for each range of sizes, from an edge of ``EDGES`` up to, and without, the
+    next, that has an object.
 
     Args:
         columns: title -> sizes of the objects in pixels.
     """
-    counts = {title: count_sizes(sizes) for title, sizes in columns.items()}
+    counts = [np.histogram(sizes, EDGES)[0] for sizes in columns.values()]
     width = max(20, *map(len, columns)) + 2
     lines = ["size [px]".ljust(12) + "".join(title.rjust(width) for title in columns)]
     for i, (low, high) in enumerate(zip(EDGES, EDGES[1:])):
-        if not any(numbers[i] for numbers in counts.values()):
+        if not any(numbers[i] for numbers in counts):
             continue
         label = f"{low} to {high}" if high < np.inf else f"{low} and more"
-        cells = [
-            f"{numbers[i]} ({numbers[i] / max(sum(numbers), 1):6.1%})"
-            for numbers in counts.values()
-        ]
+        cells = [f"{numbers[i]} ({numbers[i] / max(sum(numbers), 1):6.1%})" for numbers in counts]
         lines.append(label.ljust(12) + "".join(cell.rjust(width) for cell in cells))
     return "\n".join(lines)
 
@@ -63,7 +49,6 @@ def plot_sizes(
         anchor_sizes: of the config, in pixels of the input.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -76,17 +61,11 @@ def plot_sizes(
     bins = 2 ** np.linspace(low, high, 41)
 
     figure = Figure(figsize=(6 * len(columns), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
-    colors = colormaps["tab10"](range(len(groups)))
+    colors, labels = colormaps["tab10"](range(len(groups))), [plot_text(x) for x, _ in groups]
     for axis, (name, sizes) in zip(axes, columns.items()):
-        axis.hist(
-            [sizes[mask] for _, mask in groups],
-            bins=bins,
-            stacked=True,
-            color=colors,
-            label=[plot_text(group) for group, _ in groups],
-        )
+        values = [sizes[mask] for _, mask in groups]
+        axis.hist(values, bins=bins, stacked=True, color=colors, label=labels)
         for limit in (16, 32, 96):
             if bins[0] < limit < bins[-1]:
                 axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
@@ -98,15 +77,8 @@ def plot_sizes(
     axes[0].set_ylabel("objects")
     axes[0].tick_params(labelleft=True)
     if len(anchor_sizes):
-        axes[-1].plot(
-            anchor_sizes,
-            np.zeros(len(anchor_sizes)),
-            "^",
-            color="black",
-            markersize=9,
-            clip_on=False,
-            label="anchors of the config",
-        )
+        style = {"markersize": 9, "clip_on": False, "label": "anchors of the config"}
+        axes[-1].plot(anchor_sizes, np.zeros(len(anchor_sizes)), "k^", **style)
     axes[-1].legend(fontsize=9)
     figure.suptitle(plot_text(f"{title}   (dotted: 16, 32, 96 px)"))
     figure.savefig(path, dpi=120, format="png")

@@ -14,6 +14,7 @@ from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
+from detectron2.modeling.anchor_generator import _broadcast_params
 from detectron2.modeling.matcher import Matcher
 
 from .anchor_fit import (
@@ -71,12 +72,9 @@ def suggest_settings(
     node = detection_node(cfg)
     suggestions = []
     if node is not None:
-        suggestions.append(
-            Suggestion(
-                {f"MODEL.{node}.NUM_CLASSES": len(class_names)},
-                f"{listed(' '.join(x.split()) for x in class_names)}; 0: as many as the data have",
-            )
-        )
+        names = listed(" ".join(x.split()) for x in class_names)
+        values = {f"MODEL.{node}.NUM_CLASSES": len(class_names)}
+        suggestions.append(Suggestion(values, f"{names}; 0: as many as the data have"))
     levels = anchor_levels(cfg)
     finest = min(levels.strides) if levels else _finest_stride(cfg)
     size, size_suggestion = _input_size(cfg, objects, finest, keep_input_size)
@@ -105,20 +103,12 @@ def anchor_levels(cfg: CfgNode) -> AnchorLevels | None:
     strides, divisor = _strides(cfg, cfg.MODEL[node].IN_FEATURES)
     anchors = cfg.MODEL.ANCHOR_GENERATOR
     return AnchorLevels(
-        _for_each(anchors.SIZES, len(strides)),
-        _for_each(anchors.ASPECT_RATIOS, len(strides)),
+        _broadcast_params(list(anchors.SIZES), len(strides), "sizes"),
+        _broadcast_params(list(anchors.ASPECT_RATIOS), len(strides), "aspect_ratios"),
         strides,
         anchors.OFFSET,
         divisor,
     )
-
-
-def _for_each(values: list, number: int) -> list:
-    """One list for each level, as ``DefaultAnchorGenerator`` reads a config."""
-    values = list(values)
-    if not isinstance(values[0], (list, tuple)):
-        return [values] * number
-    return [list(x) for x in values] * (number if len(values) == 1 else 1)
 
 
 def _strides(cfg: CfgNode, features: list[str]) -> tuple[list[int], int]:
@@ -171,12 +161,9 @@ def _input_size(
         return (now, max_now), Suggestion(_size_values(cfg, now, max_now), reason)
 
     largest = max(now, min(_LARGEST_SHORT_SIDE, _round_up(2 * median_side)))
-    for side in range(_round_up(now), largest + 1, _SIZE_STEP):
-        size = (side, max(max_now, _round_up(side * usual_aspect)))
-        if small(size) >= goal:
-            break
-    else:
-        size = (largest, max(max_now, _round_up(largest * usual_aspect)))
+    sides = [*range(_round_up(now), largest + 1, _SIZE_STEP), largest]
+    sizes = [(side, max(max_now, _round_up(side * usual_aspect))) for side in sides]
+    size = next((x for x in sizes if small(x) >= goal), sizes[-1])
     reached = small(size)
     reason = (
         f"at {now} only: {means}; with {size[0]} {reached:.0f} px. {CELLS} cells of the finest "
@@ -252,8 +239,7 @@ def _anchor_grid(cfg: CfgNode, objects: ObjectTable, levels: AnchorLevels) -> li
     matcher = Matcher(
         list(settings.IOU_THRESHOLDS), list(settings.IOU_LABELS), allow_low_quality_matches=True
     )
-    targets = regression_targets(objects, levels, matcher, settings.BBOX_REG_WEIGHTS)
-    targets = np.abs(targets)
+    targets = np.abs(regression_targets(objects, levels, matcher, settings.BBOX_REG_WEIGHTS))
     covers_most = float(np.quantile(targets, 1 - _MAX_CLIPPED))
     clipped = float(np.mean(targets > alpha))
     if clipped <= _MAX_CLIPPED:

@@ -6,25 +6,20 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from cbbl_d2.dataset_report.size_histogram import (  # noqa: E402
-    EDGES,
-    count_sizes,
-    format_sizes,
-    plot_sizes,
-    share_below,
-)
+from cbbl_d2.dataset_report.size_histogram import format_sizes, plot_sizes  # noqa: E402
 
 
 def test_each_object_is_counted_once_in_its_range():
-    sizes = np.array([0.5, 7.99, 8, 15.9, 16, 600, 512])
-    counts = dict(zip(EDGES, count_sizes(sizes)))
-    assert counts == {0: 1, 4: 1, 8: 2, 16: 1, 32: 0, 64: 0, 96: 0, 128: 0, 256: 0, 512: 2}
-    assert count_sizes(np.array([])) == [0] * 10
-
-
-def test_share_below_is_strict():
-    assert share_below(np.array([4.0, 8, 16, 32]), 16) == 0.5
-    assert share_below(np.array([]), 16) == 0
+    text = format_sizes({"one": np.array([0.5, 7.99, 8, 15.9, 16, 600, 512])})
+    rows = [line.partition("(")[0].split() for line in text.splitlines()[1:]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("0", "1"),
+        ("4", "1"),
+        ("8", "2"),
+        ("16", "1"),
+        ("512", "2"),
+    ]
+    assert format_sizes({"none": np.array([])}).count("\n") == 0
 
 
 def test_table():
