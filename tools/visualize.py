@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logger(name="cbbl_d2")
     threshold = args.confidence_threshold
-    cfg = load_inference_config(
-        args.weights, args.config_file, args.opts, threshold, dataset=args.dataset
-    )
+    cfg = load_inference_config(args.weights, args.config_file, args.opts, threshold, args.dataset)
     cfg.freeze()
     # All that can be wrong with the command line is found before the model is built.
     source = find_source(args.input, args.dataset, IMAGE_TYPES)

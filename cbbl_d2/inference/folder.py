@@ -23,9 +23,3 @@ def make_folder(folder: str, files: Sequence[str], parts: Sequence[str] = ("",))
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         raise UserError(f"{folder}: cannot be made a folder ({e.strerror})") from e
-
-
-def parts_with_files(folder: str, parts: Sequence[str]) -> list[str]:
-    """Those folders in it that are not empty."""
-    paths = {part: os.path.join(folder, part) for part in parts}
-    return [part for part, x in paths.items() if os.path.isdir(x) and any(os.scandir(x))]
