@@ -23,17 +23,12 @@ def number(low: float, high: float = math.inf, above: bool = False, note: str = 
     words = f"a number {'>' if above else '>='} {low:g}"
     if high < math.inf:
         words = f"a number from {low:g} to {high:g}"
-    return (
-        lambda v: is_number(v) and (low < v if above else low <= v <= high),
-        words + note,
-    )
+    return lambda v: is_number(v) and (low < v if above else low <= v <= high), words + note
 
 
 def integer(low: int, high: int = 2**31 - 1, note: str = "") -> Check:
-    return (
-        lambda v: type(v) is int and low <= v <= high,
-        f"an integer from {low} to {high}{note}",
-    )
+    words = f"an integer from {low} to {high}{note}"
+    return lambda v: type(v) is int and low <= v <= high, words
 
 
 def each(one: Check, least: int = 0) -> Check:

@@ -69,7 +69,7 @@ class CBBLTrainer(DefaultTrainer):
             ) from e
 
     def build_hooks(self):
-        ret = super().build_hooks()
+        ret, test_sets = super().build_hooks(), self.cfg.DATASETS.TEST
         if self.cfg.SOLVER.GRADIENT_STATS_PERIOD > 0:  # in all processes; done before evaluation
             ret.insert(0, GradientStats(self.cfg.SOLVER.GRADIENT_STATS_PERIOD))
         after_eval = 1 + next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
@@ -78,7 +78,7 @@ class CBBLTrainer(DefaultTrainer):
         self._stop = StopRequest()
         self._stop_hook = StopOnRequest(self._stop, resume_state)
         added = [resume_state, self._stop_hook]
-        if self.cfg.TEST.AUG.ENABLED and len(self.cfg.DATASETS.TEST) > 0:
+        if self.cfg.TEST.AUG.ENABLED and test_sets:
             test = functools.partial(self.test_with_TTA, self.cfg, self.model)
             added.insert(0, hooks.EvalHook(0, test))
         ret[after_eval:after_eval] = added
@@ -87,8 +87,11 @@ class CBBLTrainer(DefaultTrainer):
                 hook._func = self._stop.at_once(hook._func)
         if not comm.is_main_process():
             return ret
-        if len(self.cfg.DATASETS.TEST) > 0:
-            ret.insert(after_eval, self._build_best_checkpointer())
+        if test_sets:
+            metric = "bbox/AP" if len(test_sets) == 1 else f"{test_sets[0]}/bbox/AP"
+            checkpointer = BestModelCheckpointer(self.model, self.cfg.OUTPUT_DIR)
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
+            ret.insert(after_eval, best)
         # Detectron2 writes the checkpoint of an iteration before its evaluation. A run that dies
         # in the evaluation would be resumed after it, and its result be lost. (The last evaluation
         # comes after the last checkpoint all the same, and is done again on resume.)
@@ -99,13 +102,6 @@ class CBBLTrainer(DefaultTrainer):
         remove_unfinished(self.cfg.OUTPUT_DIR)
         save_class_names(self.cfg)
         return ret
-
-    def _build_best_checkpointer(self):
-        metric = "bbox/AP"
-        if len(self.cfg.DATASETS.TEST) > 1:
-            metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
-        checkpointer = BestModelCheckpointer(self.model, self.cfg.OUTPUT_DIR)
-        return BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
 
     def resume_or_load(self, resume: bool = True) -> None:
         found = comm.all_gather(self.checkpointer.has_checkpoint())
@@ -202,9 +198,7 @@ class CBBLTrainer(DefaultTrainer):
         if changed:
             logger.info(f"--resume: from here on {changed}, as the config says")
 
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        return build_optimizer(cfg, model)
+    build_optimizer = staticmethod(build_optimizer)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):

@@ -1,9 +1,8 @@
 """What RetinaNet and FCOS share once they localize by C-BBL."""
 
-from typing import Dict, List
+from typing import Dict
 
 import torch
-from detectron2.structures import Boxes
 
 """
 Shape shorthand in this module:
@@ -27,20 +26,14 @@ class DistributionsPerAnchor:
         )
 
     def _localization_losses(
-        self,
-        anchors: List[Boxes],
-        gt_labels: List[torch.Tensor],
-        logits: List[torch.Tensor],
-        gt_boxes: List[torch.Tensor],
-        name: str,
-        prefix: str,
+        self, anchors, gt_labels, logits, gt_boxes, name: str, prefix: str
     ) -> Dict[str, torch.Tensor]:
         """
         To be called after the ``losses`` of the base class, which bring its moving average of the
         number of positives up to date.
 
         Args:
-            anchors, gt_labels, gt_boxes: as for ``losses``.
+            anchors, gt_labels, gt_boxes: as for ``losses``, the boxes as tensors.
             logits: for each level, shape ``(N, A, 4 * G)``.
             name, prefix: see :meth:`LocalizationLoss.named`.
         """

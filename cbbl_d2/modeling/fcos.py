@@ -99,14 +99,8 @@ class ConfigurableFCOS(FCOS):
         As in the base class, whose GIoU loss fails on half precision, i.e. under autocast, and has
         no weight.
         """
-        losses = super().losses(
-            anchors,
-            pred_logits,
-            gt_labels,
-            [x.float() for x in pred_anchor_deltas],
-            gt_boxes,
-            pred_centerness,
-        )
+        offsets = [x.float() for x in pred_anchor_deltas]
+        losses = super().losses(anchors, pred_logits, gt_labels, offsets, gt_boxes, pred_centerness)
         losses["loss_fcos_loc"] = losses["loss_fcos_loc"] * self.box_reg_loss_weight
         return losses
 

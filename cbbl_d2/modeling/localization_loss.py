@@ -1,6 +1,7 @@
 """The localization loss that every C-BBL head shares."""
 
 import logging
+from dataclasses import dataclass
 from typing import Dict, List
 
 import torch
@@ -24,31 +25,23 @@ Shape shorthand in this module:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
 class LocalizationLoss:
     """
     Cross entropy between the predicted distributions and the labels of the target offsets, and, if
     asked for, the uncertainty loss and a GIoU loss on the decoded boxes.
+
+    Attributes:
+        label, uncertainty: see :func:`cbbl_d2.distribution.cbbl_loss`.
+        uncertainty_weight: relative to the cross entropy.
+        giou_weight: relative to the cross entropy; 0: none. Generalized Focal Loss
+            (arXiv 2006.04388) has such a term.
     """
 
-    def __init__(
-        self,
-        *,
-        label: str = "two_hot",
-        uncertainty: str = "entropy_gap",
-        uncertainty_weight: float = 0.1,
-        giou_weight: float = 0.0,
-    ):
-        """
-        Args:
-            label, uncertainty: see :func:`cbbl_d2.distribution.cbbl_loss`.
-            uncertainty_weight: relative to the cross entropy.
-            giou_weight: relative to the cross entropy; 0: none. Generalized Focal Loss
-                (arXiv 2006.04388) has such a term.
-        """
-        self.label = label
-        self.uncertainty = uncertainty
-        self.uncertainty_weight = uncertainty_weight
-        self.giou_weight = giou_weight
+    label: str = "two_hot"
+    uncertainty: str = "entropy_gap"
+    uncertainty_weight: float = 0.1
+    giou_weight: float = 0.0
 
     def __call__(
         self,

@@ -43,13 +43,8 @@ def log_localization_stats(
         _, entropy_gap = cbbl_loss(
             logits, offsets, grid, uncertainty="entropy_gap", reduction="none", label=label
         )
-    stats = torch.stack(
-        (
-            outside.float().mean(),
-            entropy_gap.mean(),
-            (expectation(logits, grid) - offsets).abs().mean(),
-        )
-    ).tolist()  # one transfer from the device for all three
-    storage = get_event_storage()
+    distance = (expectation(logits, grid) - offsets).abs()
+    # One transfer from the device for all three.
+    stats = torch.stack((outside.float().mean(), entropy_gap.mean(), distance.mean())).tolist()
     for name, value in zip(("clipped_fraction", "entropy_gap", "offset_l1"), stats):
-        storage.put_scalar(f"{prefix}/{name}", value)
+        get_event_storage().put_scalar(f"{prefix}/{name}", value)

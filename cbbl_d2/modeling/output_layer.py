@@ -26,13 +26,8 @@ def distribution_layer(
     if isinstance(layer, nn.Linear):
         new = nn.Linear(layer.in_features, layer.out_features * num_points)
     elif isinstance(layer, nn.Conv2d):
-        new = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels * num_points,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-        )
+        window = layer.kernel_size, layer.stride, layer.padding
+        new = nn.Conv2d(layer.in_channels, layer.out_channels * num_points, *window)
     else:
         raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
     # Persistent: in a checkpoint it tells weights for this grid from those for another one, or for

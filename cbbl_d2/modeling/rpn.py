@@ -95,8 +95,8 @@ class CBBLRPN(RPN):
             foreground=torch.stack(gt_labels) == 1,
             prefix="rpn/cbbl",
         )
-        terms = terms / (self.batch_size_per_image * len(gt_labels))  # as super() normalizes
-        terms = terms * self.loss_weight.get("loss_rpn_loc", 1.0)
+        normalizer = self.batch_size_per_image * len(gt_labels)  # as in super()
+        terms = terms / normalizer * self.loss_weight.get("loss_rpn_loc", 1.0)
         losses.update(self.localization_loss.named(terms, "loss_rpn_loc", "loss_rpn"))
         return losses
 
