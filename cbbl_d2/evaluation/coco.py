@@ -98,10 +98,9 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if iou_type != "bbox":
             return results
+        metrics, by_coverage = self._rules.size_metrics, self._rules.ignores_by_coverage
         precisions = {"APvs": _precision(coco_eval, _VERY_SMALL)}
-        metrics = self._rules.size_metrics
-        for metric in metrics:
-            precisions[metric.name] = _precision(coco_eval, metric, self._rules.ignores_by_coverage)
+        precisions.update({m.name: _precision(coco_eval, m, by_coverage) for m in metrics})
         results.update({name: average_precision(p) for name, p in precisions.items()})
         names = AP_COLUMNS if not metrics else (*AP_COLUMNS[:4], *(m.name for m in metrics))
         columns = {name: results[name] for name in names if name in results}
@@ -155,10 +154,8 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
             "APl": areas["large"],
             **by_size,  # of the benchmark, where it has others
         }
-        order = [n for n in AP_COLUMNS if n in columns] + [
-            n for n in by_size if n not in AP_COLUMNS
-        ]
-        write_per_class(table, classes, counts, {n: columns[n] for n in order})
+        ordered = {n: columns[n] for n in (*AP_COLUMNS, *by_size) if n in columns}
+        write_per_class(table, classes, counts, ordered)
         very_small = f"at most {VERY_SMALL_AREA**0.5:g} px"
         write_pr_curves(
             curves,
