@@ -20,6 +20,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
+from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 
 from .errors import UserError
@@ -39,18 +40,7 @@ __all__ = [
 
 # Seven colors of Okabe and Ito ("Color Universal Design", 2008), which people with any kind of
 # color vision can tell apart, and three light ones that stay distinct from them.
-_PALETTE = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (213, 94, 0),
-    (0, 158, 115),
-    (240, 228, 66),
-    (204, 121, 167),
-    (0, 114, 178),
-    (251, 175, 228),
-    (202, 145, 97),
-    (225, 225, 225),
-)
+_PALETTE = "#e69f00 #56b4e9 #d55e00 #009e73 #f0e442 #cc79a7 #0072b2 #fbafe4 #ca9161 #e1e1e1".split()
 
 # Short side that `enlargement` aims at, and the long side that it does not exceed, pixels.
 _SHORT_SIDE = 600
@@ -85,19 +75,19 @@ class ClassStyle:
                 can tell apart. It is not modified. Without it the names are "class 0", ...
         """
         self._names = [] if metadata is None else list(metadata.get("thing_classes", None) or [])
-        self._colors = list(_PALETTE)
+        self._colors = [to_rgb(color) for color in _PALETTE]
         if len(self._names) > len(_PALETTE):
-            colors = metadata.get("thing_colors", None)
-            if not colors or len(colors) < len(self._names):
+            colors = metadata.get("thing_colors", None) or ()
+            if len(colors) < len(self._names):
                 colors = colormap(rgb=True, maximum=255)
-            self._colors = [tuple(int(c) for c in color) for color in colors]
+            self._colors = [tuple(int(c) / 255 for c in color) for color in colors]
 
     def name(self, index: int) -> str:
         return self._names[index] if 0 <= index < len(self._names) else f"class {index}"
 
     def color(self, index: int) -> tuple[float, float, float]:
         """RGB in [0, 1], as matplotlib takes it."""
-        return tuple(c / 255 for c in self._colors[index % len(self._colors)])
+        return self._colors[index % len(self._colors)]
 
 
 def enlargement(image_shape: Sequence[int], short_side: int = _SHORT_SIDE) -> int:
@@ -130,8 +120,6 @@ def enlarge(image: np.ndarray, scale: float) -> np.ndarray:
             f"scale {scale:g} makes a picture of {width} x {height} pixels: choose one that gives "
             f"sides of 1 to {_LARGEST_SIDE}"
         )
-    if (height, width) == image.shape[:2]:
-        return image
     if scale == int(scale):
         interpolation = cv2.INTER_NEAREST
     else:
@@ -190,8 +178,7 @@ def draw_boxes(
 
     # Not canvas.get_image(): matplotlib < 3.11 moves the pixels of an image that it draws by one or
     # two. Take the drawing alone, and lay it over the image.
-    for artist in canvas.ax.images:
-        artist.set_visible(False)
+    canvas.ax.images[0].set_visible(False)
     data, (width, height) = canvas.canvas.print_to_buffer()
     drawing = np.frombuffer(data, dtype=np.uint8).reshape(height, width, 4).astype(np.float32)
     opacity = drawing[:, :, 3:] / 255

@@ -152,7 +152,7 @@ def _input_size(
         reason = f"kept: {means}"
         if current < goal:
             reason += f", which is less than {CELLS} cells of {stride} px"
-        elif 0 < median_side < 0.9 * now:
+        elif median_side < 0.9 * now:
             cost = (median_side / now) ** 2
             reason += (
                 f"; images are enlarged {now / median_side:.2f} times: their own short side, "
@@ -183,7 +183,7 @@ def _size_values(cfg: CfgNode, short: int, long: int) -> dict[str, Any]:
     now = cfg.INPUT.MIN_SIZE_TEST
     train, max_train = tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
     if short != now:
-        train = tuple(sorted({_round_up(x * short / now) for x in train})) if now else (short,)
+        train = tuple(sorted({_round_up(x * short / now) for x in train}))
         max_train = max(max_train, long)
     return {
         "INPUT.MIN_SIZE_TRAIN": train,
@@ -205,26 +205,19 @@ def _anchors(objects: ObjectTable, levels: AnchorLevels, fitted: AnchorLevels) -
         poor = np.mean(overlaps < POOR_OVERLAP)
         return f"{overlaps.mean():.2f} ({poor:.1%} of the objects under {POOR_OVERLAP:g})"
 
+    measure = "mean IoU of an object with its best anchor"
     now = text(best_overlaps(objects, levels))
-    if fitted is levels:
-        reason = f"kept: mean IoU of an object with its best anchor {now}"
-    else:
-        reason = (
-            "mean IoU of an object with its best anchor "
-            f"{text(best_overlaps(objects, fitted))}, with those of the config {now}"
-        )
-    return Suggestion(
-        {
-            "MODEL.ANCHOR_GENERATOR.SIZES": [list(x) for x in fitted.sizes],
-            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _short_form(fitted.aspect_ratios),
-        },
-        reason,
-    )
-
-
-def _short_form(ratios) -> list[list[float]]:
-    ratios = [list(x) for x in ratios]
-    return ratios[:1] if all(x == ratios[0] for x in ratios) else ratios
+    reason = f"kept: {measure} {now}"
+    if fitted is not levels:
+        then = text(best_overlaps(objects, fitted))
+        reason = f"{measure} {then}, with those of the config {now}"
+    ratios = [list(x) for x in fitted.aspect_ratios]
+    are_shared = all(x == ratios[0] for x in ratios)
+    values = {
+        "MODEL.ANCHOR_GENERATOR.SIZES": [list(x) for x in fitted.sizes],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ratios[:1] if are_shared else ratios,
+    }
+    return Suggestion(values, reason)
 
 
 def _anchor_grid(cfg: CfgNode, objects: ObjectTable, levels: AnchorLevels) -> list[Suggestion]:
