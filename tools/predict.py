@@ -186,11 +186,11 @@ def say_earlier_files(folder: str) -> None:
 
 
 def say_what_is_found(
-    results: list[ImageResult], folder: str, skipped: int, pictures: Pictures, limit: int | None
+    results: list[ImageResult], folder: str, skipped: int, pictures: Pictures, limit: int
 ) -> None:
     """
     Args:
-        limit: objects that the model reports for an image at most; None: not known.
+        limit: objects that the model reports for an image at most; -1: any number.
     """
     objects = sum(len(r.detections) for r in results)
     notes = {"skipped": skipped, "not drawn": pictures.skipped.count}
@@ -198,7 +198,7 @@ def say_what_is_found(
         f"{count(objects, 'object', 'objects')} in {count(len(results), 'image', 'images')}, "
         f"written to {folder}" + "".join(f", {n} {what}" for what, n in notes.items() if n)
     )
-    full = 0 if limit is None else sum(len(r.detections) >= limit for r in results)
+    full = sum(len(r.detections) >= limit for r in results) if limit >= 0 else 0
     if full:
         print(
             f"{count(full, 'image has', 'images have')} {limit} objects, as many as "
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"none of the {skipped} files could be read, see the lines above")
     for name, write in (WRITERS[x] for x in formats if x in WRITERS):
         write(os.path.join(folder, name), found, classes)
-    limit = None if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
+    limit = -1 if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
     say_what_is_found(found, folder, skipped, pictures, limit)
     if evaluator is not None:
         finish_metrics(evaluator, folder, args.dataset, skipped)

@@ -174,7 +174,7 @@ def test_the_threshold(run, tmp_path, capsys):
 
 def test_a_limit_that_is_reached_is_said(run, tmp_path, capsys):
     make_image(tmp_path / "a.png")
-    for limit, is_said in ((5, True), (50, False)):
+    for limit, is_said in ((5, True), (50, False), (-1, False)):  # -1: no limit
         opts = ["--opts", "TEST.DETECTIONS_PER_IMAGE", limit, "MODEL.RPN.POST_NMS_TOPK_TEST", 9]
         run("--input", tmp_path / "a.png", *opts)
         assert ("TEST.DETECTIONS_PER_IMAGE" in capsys.readouterr().out) == is_said
