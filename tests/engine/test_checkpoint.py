@@ -1,5 +1,7 @@
 import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from cbbl_d2.engine import CBBLCheckpointer, load_weights
@@ -79,6 +81,13 @@ def test_a_checkpoint_of_another_framework(tmp_path, content):
     path = tmp_path / "weights.pth"
     torch.save(content, path)
     with pytest.raises(UserError, match="weights.pth: not a checkpoint of Detectron2"):
+        CBBLCheckpointer(Layers()).load(str(path))
+
+
+def test_an_array_of_text_is_no_weight(tmp_path):
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": {"first.weight": np.array(["a", "b"])}}))
+    with pytest.raises(UserError, match="weights.pkl: not a checkpoint of Detectron2"):
         CBBLCheckpointer(Layers()).load(str(path))
 
 
