@@ -47,7 +47,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The stamp is made last, so an interrupted installation is taken up again by the next make.
-$(INSTALLED): setup.py tools/install_detectron2.py | $(PY)
+$(INSTALLED): setup.py tools/install_detectron2.py tools/detectron2_v0.6.patch | $(PY)
 	$(if $(wildcard $(PY)),$(call require_python,$(PY)))
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'

@@ -61,14 +61,12 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-readme = HERE / "README.md"
-
 setup(
     name="cbbl_d2",
     version=version(),
     description="C-BBL: Confidence-driven Bounding Box Localization for small object detection, "
     "as a Detectron2 project",
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The cbbl_d2 authors",
     license="Apache-2.0",

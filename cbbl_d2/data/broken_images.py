@@ -16,7 +16,7 @@ import torch
 from cbbl_d2.errors import UserError
 from cbbl_d2.messages import count, listed
 from detectron2.data import detection_utils
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 __all__ = [
     "TO_8_BITS",
@@ -60,7 +60,6 @@ _DARK = 16
 # Of a data set, to find out whether it has 16 bits: a camera or a scanner writes them all alike.
 _NUM_SAMPLES = 8
 
-_EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
@@ -313,4 +312,4 @@ def large_images() -> Iterator[None]:
 
 def _is_turned(file_name: str) -> bool:
     with Image.open(file_name) as image:
-        return image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
+        return image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS

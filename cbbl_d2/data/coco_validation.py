@@ -6,7 +6,8 @@ JSON, which they leave as it is.
   twice. Detectron2 or pycocotools could not work with the file.
 * Its boxes (:func:`find_faults`): no size, NaN, outside its image, of an image that is not listed.
   Such a box would be an object that no detector can find.
-* Its masks (:func:`usable_mask`) and areas (:func:`odd_areas`), which not every detector needs.
+* Its masks (:func:`usable_mask`) and areas (:func:`describe_odd_areas`), which not all detectors
+  need.
 * All of its boxes (:func:`check_boxes`, :func:`describe_other_format`): they are in another unit or
   format.
 
@@ -32,7 +33,6 @@ __all__ = [
     "describe_other_format",
     "find_faults",
     "is_positive_number",
-    "odd_areas",
     "unusable_masks",
     "usable_mask",
 ]
@@ -327,7 +327,7 @@ def unusable_masks(content: dict, faults: dict[int, str]) -> list[int]:
     ]
 
 
-def odd_areas(content: dict) -> tuple[list[int], list[int]]:
+def describe_odd_areas(content: dict) -> list[str]:
     """
     COCO's metric sorts objects into small and large ones by the ``area`` of their annotation, which
     converters take from the image, or in other units.
@@ -336,10 +336,11 @@ def odd_areas(content: dict) -> tuple[list[int], list[int]]:
         content: the parsed JSON; annotations without numbers as bbox and area are passed over.
 
     Returns:
-        Ids of annotations whose area is larger than their box by more than rounding; and of those
-        without a segmentation whose area is less than a tenth of it.
+        A line, with the cure, for areas that are larger than their box by more than rounding, and
+        for those of less than a tenth of it, without a segmentation.
     """
-    too_large, too_small = [], []
+    odd = {"larger than their box": [], "under a tenth of their box, without a mask": []}
+    too_large, too_small = odd.values()
     for a in content.get("annotations", ()):
         box, area = a.get("bbox"), a.get("area")
         if not is_positive_number(area) or not _is_list_of_numbers(box) or len(box) != 4:
@@ -349,17 +350,11 @@ def odd_areas(content: dict) -> tuple[list[int], list[int]]:
             too_large.append(a["id"])
         elif area < _LEAST_SHARE_OF_BOX * size and not a.get("segmentation"):
             too_small.append(a["id"])
-    return too_large, too_small
-
-
-def describe_odd_areas(content: dict) -> list[str]:
-    """A line for each kind of :func:`odd_areas` that there is, with the cure."""
-    kinds = ("larger than their box", "under a tenth of their box, without a mask")
     return [
         f"{count(len(ids), 'box has', 'boxes have')} an area {kind} (annotation ids "
         f"{listed(ids)}): AP by size (APvs, APs, APm, APl) sorts objects by it; write width x "
         "height, or leave area out"
-        for ids, kind in zip(odd_areas(content), kinds)
+        for kind, ids in odd.items()
         if ids
     ]
 

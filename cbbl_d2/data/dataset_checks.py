@@ -125,11 +125,8 @@ def with_num_classes(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     registered yet.
 
     Returns:
-        ``cfg``, or where its number of classes is 0 a copy with that of :func:`set_num_classes`.
+        a copy, where a number of classes of 0 has become that of :func:`set_num_classes`.
     """
-    node = detection_node(cfg)
-    if node is None or cfg.MODEL[node].NUM_CLASSES != 0:
-        return cfg
     register_from_config(cfg)
     known = cfg.clone()
     known.defrost()

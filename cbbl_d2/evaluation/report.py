@@ -92,7 +92,6 @@ def write_pr_curves(
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     first_iou, first = next(iter(by_iou.items()))
@@ -105,7 +104,6 @@ def write_pr_curves(
         classes = {name: classes[name] for name in lowest[:_MAX_CLASS_CURVES]}
 
     figure = Figure(figsize=(13.5, 5.2))
-    FigureCanvasAgg(figure)
     panels = {"all objects": by_iou, f"by size, {first_iou}": by_size, heading: classes}
     for axis, (panel, curves) in zip(figure.subplots(1, 3), panels.items()):
         for legend, precision in curves.items():

@@ -50,11 +50,6 @@ _CLASS_IDS = {"Person": 1, "Car": 2, "OtherVehicle": 2, "Bicycle": 3, "DontCare"
 _LONG_SEQUENCE = 100
 
 
-def hit_uav_annotation_file(split: str) -> str:
-    """Of a published split, relative to the folder of the data set."""
-    return os.path.join(_PUBLISHED, "annotations", f"{split}.json")
-
-
 def sequence_of(file_name: str) -> str:
     """
     The sequence that an image belongs to: ``normal_json/train/0_100_30_0_03307.jpg`` is of
@@ -81,7 +76,7 @@ def convert_hit_uav(root: str, half: bool = False) -> list[str]:
     """
     images, boxes, num_lost = {}, collections.defaultdict(list), collections.Counter()
     for split in HIT_UAV_SPLITS:
-        json_file = os.path.join(root, hit_uav_annotation_file(split))
+        json_file = os.path.join(root, _PUBLISHED, "annotations", f"{split}.json")
         content = read_published_coco(json_file)
         class_of = class_ids(content, json_file, "HIT-UAV", _CLASS_IDS)
         name_of = {image["id"]: image["file_name"] for image in content["images"]}
