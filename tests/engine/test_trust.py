@@ -2,6 +2,7 @@
 
 import codecs
 import collections
+import errno
 import json
 import logging
 import os
@@ -190,6 +191,19 @@ def test_an_infinite_gradient_in_the_last_iteration(tiny_cfg):
     again = CBBLTrainer(cfg)
     again.resume_or_load(resume=True)
     assert again.start_iter == 2
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay(run, monkeypatch):
+    before = {x.name: x.read_bytes() for x in run.iterdir()}
+    monkeypatch.setattr(os, "fsync", full_disk)
+    checkpointer = CBBLCheckpointer(Layers(), str(run))
+    with pytest.raises(UserError, match="model_0000004 cannot be written .No space left.*--resume"):
+        checkpointer.save("model_0000004")
+    assert {x.name: x.read_bytes() for x in run.iterdir()} == before
+
+
+def full_disk(_file):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # -- damaged checkpoints ---------------------------------------------------------------------------
