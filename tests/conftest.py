@@ -27,6 +27,12 @@ def _no_writing_into_the_repository(monkeypatch, data_root, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _limit_of_pillow(monkeypatch):
+    """sahi, called directly, lifts it for the whole process."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
 @pytest.fixture
 def repository():
     """Absolute path of the checkout."""

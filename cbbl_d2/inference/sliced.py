@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from cbbl_d2.data.broken_images import large_images
 from detectron2.structures import Boxes, Instances
 from sahi.models.base import DetectionModel
 from sahi.predict import get_sliced_prediction
@@ -209,7 +210,9 @@ class SlicedPredictor:
         return [self._predict(image) for image in images]
 
     def _predict(self, image: np.ndarray) -> Instances:
-        found = get_sliced_prediction(image, self._model, **self._options).object_prediction_list
+        with large_images():  # sahi lifts Pillow's limit and leaves it so
+            found = get_sliced_prediction(image, self._model, **self._options)
+        found = found.object_prediction_list
         found = sorted(found, key=lambda x: -x.score.value)
         instances = Instances(image.shape[:2])
         boxes = torch.tensor([x.bbox.to_xyxy() for x in found], dtype=torch.float32)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2")
 pytest.importorskip("sahi")
@@ -87,6 +88,7 @@ def test_the_fields_of_the_model_are_kept():
     # In pixels of the whole image.
     assert instances.pred_keypoints.tolist() == [[[65, 16, 1]], [[215, 51, 1]]]
     assert instances.scores.tolist() == pytest.approx([0.9, 0.4])
+    assert Image.MAX_IMAGE_PIXELS  # sahi sets it to None
 
 
 def test_pieces_are_left_out_where_a_neighbor_shows_the_whole():
