@@ -69,6 +69,13 @@ def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple, order: str, *rest: A
     return np.frombuffer(buffer, dtype).reshape(shape, order=order)
 
 
+def _member(kind: type, name: str) -> BoxMode:
+    """How Python 3.11.0 to 3.11.3 write a member of an enumeration."""
+    if kind is not BoxMode or name not in BoxMode.__members__:
+        raise _NotPlain(f"builtins.getattr of {kind}")
+    return BoxMode[name]
+
+
 class _Unpickler(pickle.Unpickler):
     _ALLOWED = {
         ("_codecs", "encode"): _encode,
@@ -76,6 +83,8 @@ class _Unpickler(pickle.Unpickler):
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("detectron2.structures.boxes", "BoxMode"): BoxMode,
+        ("builtins", "getattr"): _member,
+        ("__builtin__", "getattr"): _member,
         **{
             (f"numpy.{core}.{module}", function.__name__.removeprefix(cut)): function
             for core in ("core", "_core")  # before and since NumPy 2

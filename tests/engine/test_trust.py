@@ -51,6 +51,7 @@ def bombs(path):
         "in a dict": {"model": {"a": np.zeros(3), "b": Code(os.system, command)}},
         "in a set": {Code(os.system, command)},
         "getattr": Code(getattr, dict, "get"),
+        "getattr of a mode": Code(getattr, BoxMode, "mro"),
         "a codec": Code(codecs.encode, "x", "rot13"),
     }
 
