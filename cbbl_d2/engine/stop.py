@@ -37,7 +37,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # One that is ignored, as Ctrl-C is by what a shell runs in the background, stays so.
+            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._before = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}
+            for number in self._before:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -165,6 +165,7 @@ def run_tool(repository, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_study_continues(write_study, run_tool, repository, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = write_study(
@@ -240,6 +241,7 @@ def test_a_run_that_fails_is_named(write_study, run_tool, repository):
     assert "1 of 1 runs failed" in said
 
 
+@pytest.mark.slow
 def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
     config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
     options = {

@@ -136,6 +136,7 @@ def test_dense_detectors_resume_with_their_normalizer(repository, tiny_cfg, tmp_
         )
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
     """The resumed run logs what an uninterrupted one does; no checkpoint is half written."""
     command = [

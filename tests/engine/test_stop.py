@@ -38,6 +38,21 @@ def losses(cfg):
     return {x["iteration"]: x["total_loss"] for x in lines if "total_loss" in x}
 
 
+@pytest.fixture(autouse=True)
+def _not_ignored():
+    """Also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert request.number == 0
+
+
 @pytest.fixture
 def cfg(tiny_cfg):
     tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 21, 100
@@ -47,7 +62,9 @@ def cfg(tiny_cfg):
     return tiny_cfg
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(cfg, tmp_path, number):
     whole = cfg.clone()
     whole.OUTPUT_DIR = str(tmp_path / "whole")
