@@ -5,6 +5,7 @@ a model. What a data set holds is checked where it is loaded, for a user's own i
 """
 
 import difflib
+import functools
 import itertools
 import json
 import logging
@@ -203,12 +204,20 @@ def check_proposals(cfg: CfgNode) -> None:
         (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST)
     ):
         try:
-            check_pickle(PathManager.get_local_path(path))
+            file = PathManager.get_local_path(path)
+            stat = os.stat(file)
+            _check_proposal_file(file, stat.st_mtime_ns, stat.st_size)
         except OSError as e:
             raise UserError(
                 f"{path}: proposals cannot be read ({e.strerror or e}): correct "
                 "DATASETS.PROPOSAL_FILES_TRAIN or PROPOSAL_FILES_TEST"
             ) from e
+
+
+@functools.lru_cache
+def _check_proposal_file(file: str, _mtime: int, _size: int) -> None:
+    """Once for each state of a file: it is asked before every training and evaluation."""
+    check_pickle(file)
 
 
 def check_registered(name: str, where: str) -> None:

@@ -69,7 +69,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
         if not self.save_to_disk:
             return
         state = {"model": self.model, **self.checkpointables}
-        bad = _not_finite({key: value.state_dict() for key, value in state.items()})
+        bad = not_finite({key: value.state_dict() for key, value in state.items()})
         if bad:
             raise UserError(
                 f"training has diverged: {bad} is not finite, and the checkpoint {name} is not "
@@ -190,7 +190,7 @@ class CBBLCheckpointer(DetectionCheckpointer):
                 f"{filename}: not a checkpoint of Detectron2: it must be a dict of tensors, or one "
                 'with such a dict under "model"; convert it first'
             )
-        bad = _not_finite(weights)
+        bad = not_finite(weights)
         if bad:
             raise UserError(
                 f"{filename}: its {bad} is not finite, as after a training that has diverged: give "
@@ -275,7 +275,7 @@ def _is_real_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.is_complex()
 
 
-def _not_finite(value: Any, name: str = "") -> str:
+def not_finite(value: Any, name: str = "") -> str:
     """Where in nested containers a tensor or array is with NaN or infinity; "" if nowhere."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return "" if np.isfinite(value).all() else name
@@ -285,7 +285,7 @@ def _not_finite(value: Any, name: str = "") -> str:
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return ""
-    found = (_not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
+    found = (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
     return next(filter(None, found), "")
 
 

@@ -10,14 +10,15 @@ from cbbl_d2.errors import UserError
 from cbbl_d2.messages import listed
 from detectron2.config import CfgNode
 
+from .checkpoint import not_finite
+
 # As Detectron2 writes the losses into its FloatingPointError, with or without NumPy's type.
 _LOSS = re.compile(r"'([^']+)': (?:np\.float64\()?(nan|-?inf)")
 
 
 def is_finite(model: torch.nn.Module) -> bool:
     """Whether all weights and buffers are; waits for the device."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    return not not_finite([*model.parameters(), *model.buffers()])
 
 
 def explain_divergence(

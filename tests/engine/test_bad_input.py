@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,38 +11,10 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
+from tests.driver import run_scripts  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 96
-
-# Imports the script's modules once, then runs it once for each case in a process of its own. Cases
-# come as JSON: [[name, arguments], ...]; the output of each goes to <name>.out and <name>.err.
-DRIVER = """
-import json, os, runpy, sys, traceback
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import train_net
-status = {}
-script, cases = sys.argv[1], json.load(sys.stdin)
-for name, arguments in cases:
-    pid = os.fork()
-    if pid == 0:
-        code = 0
-        for stream, number in (("out", 1), ("err", 2)):
-            file = os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
-        sys.argv = [script, *arguments]
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    status[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-print(json.dumps(status))
-"""
 
 
 def _coco():
@@ -176,17 +145,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcome(folder):
     """``outcome(case)``: exit status, standard output and standard error of train_net.py."""
-    process = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(ROOT / "train_net.py")],
-        input=json.dumps(list(_cases(folder).items())),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=600,
-        check=True,
-    )
-    status = json.loads(process.stdout.splitlines()[-1])
+    cases = [[name, "train_net.py", *words] for name, words in _cases(folder).items()]
+    status = run_scripts(cases, folder)
 
     def get(case):
         read = [(folder / f"{case}.{stream}").read_text() for stream in ("out", "err")]

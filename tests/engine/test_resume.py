@@ -136,34 +136,35 @@ def test_dense_detectors_resume_with_their_normalizer(repository, tiny_cfg, tmp_
         )
 
 
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command_of(repository):
+    config = os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml")
+    return [sys.executable, os.path.join(repository, "train_net.py"), "--config-file", config]
+
+
+def start(command, folder, log):
+    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
+
+
 @pytest.mark.slow
 def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
     """The resumed run logs what an uninterrupted one does; no checkpoint is half written."""
-    command = [
-        sys.executable,
-        os.path.join(repository, "train_net.py"),
-        "--config-file",
-        os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml"),
-    ]
+    command = command_of(repository)
     options = ["SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.MAX_ITER", "30", "DATASETS.TEST", "()"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*words):
         result = subprocess.run(
-            [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [*command, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     output = tmp_path / "killed"
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [*command, *options, "OUTPUT_DIR", "killed"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+        process = start([*command, *options, "OUTPUT_DIR", "killed"], tmp_path, log)
         deadline = time.time() + 300
         # Then the one before it, of iteration 5, is named in last_checkpoint, too.
         while not (output / "model_0000008.pth").exists():
@@ -192,25 +193,15 @@ def test_kill_9_and_resume_by_the_command_line(repository, tmp_path):
 def test_twenty_random_kills(repository, tmp_path):
     """By SIGKILL and SIGTERM, whenever they come; the weights are those of a run left in peace."""
     command = [
-        sys.executable,
-        os.path.join(repository, "train_net.py"),
-        "--config-file",
-        os.path.join(repository, "configs", "SmallShapes", "instant_test.yaml"),
+        *command_of(repository),
         "--resume",
         *("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "150", "DATASETS.TEST", "()"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     draw = random.Random(1)
     kills = 0
     with open(tmp_path / "log", "w") as log:
         while True:
-            process = subprocess.Popen(
-                [*command, "OUTPUT_DIR", "killed"],
-                cwd=tmp_path,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
+            process = start([*command, "OUTPUT_DIR", "killed"], tmp_path, log)
             if kills == 20:
                 assert process.wait() == 0, (tmp_path / "log").read_text()[-2000:]
                 break
@@ -224,7 +215,7 @@ def test_twenty_random_kills(repository, tmp_path):
             process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
             assert process.wait() in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
             kills += 1
-    subprocess.run([*command, "OUTPUT_DIR", "whole"], cwd=tmp_path, env=environment, check=True)
+    subprocess.run([*command, "OUTPUT_DIR", "whole"], cwd=tmp_path, env=environment(), check=True)
     a, b = (
         torch.load(tmp_path / x / "model_final.pth", weights_only=True)["model"]
         for x in ("whole", "killed")

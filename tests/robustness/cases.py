@@ -4,12 +4,11 @@ without running code of the input, and without a change to the folder of a good 
 """
 
 import dataclasses
-import json
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -272,9 +271,6 @@ def state(folder: Path) -> dict[str, bytes]:
     }
 
 
-Judge = Callable[[Case, int, str], str]
-
-
 def fault(case: Case, status: int, errors: str) -> str:
     """What is wrong with the end of a command; "" if nothing."""
     if status < 0:
@@ -287,7 +283,3 @@ def fault(case: Case, status: int, errors: str) -> str:
     if status == 0:
         return "accepted in silence"
     return "" if len(lines) == 1 else f"{len(lines)} error lines"
-
-
-def as_json(cases: list[Case]) -> str:
-    return json.dumps([[i, *case.words] for i, case in enumerate(cases)])

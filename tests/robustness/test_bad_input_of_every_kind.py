@@ -1,41 +1,22 @@
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("detectron2")
 
-from tests.robustness.cases import ROOT, build, fault, good_training, state  # noqa: E402
-
-HERE = Path(__file__).parent
-
-
-def run(cases, folder):
-    result = subprocess.run(
-        [sys.executable, str(HERE / "driver.py"), str(ROOT)],
-        input=json.dumps(cases),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+from tests.driver import run_scripts  # noqa: E402
+from tests.robustness.cases import build, fault, good_training, state  # noqa: E402
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_kind_ends_in_one_line(tmp_path, step):
     """By default every fifth of the cases."""
     good = tmp_path / "good"
-    assert run([["good", *good_training(good)]], tmp_path) == {"good": 0}
+    assert run_scripts([["good", *good_training(good)]], tmp_path) == {"good": 0}
     before = state(good)
     (tmp_path / "cases").mkdir()
     cases = build(tmp_path / "cases", good)[::step]
-    status = run([[str(i), *case.words] for i, case in enumerate(cases)], tmp_path)
+    status = run_scripts([[str(i), *case.words] for i, case in enumerate(cases)], tmp_path)
     tried, wrong = Counter(), []
     for i, case in enumerate(cases):
         tried[case.kind] += 1

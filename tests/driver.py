@@ -8,10 +8,36 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
-SECONDS = 60
+ROOT = Path(__file__).resolve().parents[1]
+
+SECONDS = 60  # for each
+
+
+def run_scripts(cases: list[list[str]], folder: Path) -> dict[str, int]:
+    """
+    Args:
+        cases: name, script (relative to the repository) and arguments of each.
+        folder: the working directory.
+
+    Returns:
+        name -> exit status.
+    """
+    result = subprocess.run(
+        [sys.executable, __file__, str(ROOT)],
+        input=json.dumps(cases),
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
 
 if __name__ == "__main__":
     root = sys.argv[1]
