@@ -13,6 +13,7 @@ A Lazy config, a file that ends in .py, is for tools/lazyconfig_train_net.py.
 import argparse
 import logging
 import os
+from datetime import timedelta
 
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.data.coco_format import register_from_config
@@ -103,9 +104,11 @@ def evaluate(cfg: CfgNode, resume: bool):
 
 @one_line_errors
 def run(args: argparse.Namespace) -> None:
+    options = {}
     if args.num_gpus * args.num_machines > 1:
-        load_and_check(args)  # what is wrong is said before any process is started
-    launch(main, args)
+        cfg = load_and_check(args)  # what is wrong is said before any process is started
+        options["timeout"] = timedelta(minutes=cfg.SOLVER.PROCESS_TIMEOUT)
+    launch(main, args, **options)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,10 @@ def add_cbbl_config(cfg: CN) -> None:
     # detector, stock or C-BBL. 0: never. Detectron2 logs every 20 iterations.
     _C.SOLVER.GRADIENT_STATS_PERIOD = 0
 
+    # With several processes: how many minutes one waits for the others before all of them end in an
+    # error, >= 1. To be longer than what the first one does alone, the numbers of an evaluation.
+    _C.SOLVER.PROCESS_TIMEOUT = 60
+
     # ---------------------------------------------------------------------------- #
     # Data sets in COCO format that a user brings
     # ---------------------------------------------------------------------------- #
@@ -266,6 +270,7 @@ _GRID = {
 _JITTER_SIZE = "(height, width) in pixels, with SCALE_JITTER"
 _VALUES = {
     "SOLVER.GRADIENT_STATS_PERIOD": integer(0, note=" (0: off)"),
+    "SOLVER.PROCESS_TIMEOUT": integer(1, 10**6, note=" (minutes)"),
     "MODEL.CBBL.LABEL": one_of(*LABELS),
     "MODEL.CBBL.UNCERTAINTY": one_of(*UNCERTAINTIES),
     "MODEL.CBBL.UNCERTAINTY_WEIGHT": _WEIGHT,

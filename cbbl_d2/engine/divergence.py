@@ -67,12 +67,24 @@ def explain_divergence(
     )
 
 
+def has_timed_out(error: BaseException | str | None) -> bool:
+    """Whether a process has waited for another one in vain, as gloo and NCCL say it."""
+    words = ("Timed out waiting", "Application timeout", "operation timeout")
+    return any(w in str(error) for w in words)
+
+
+def has_lost_process(error: BaseException | str | None) -> bool:
+    """Whether a process has found that another one has ended."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return any(w in str(error) for w in words)
+
+
 class _UserErrorsInOneLine(logging.Filter):
     """Detectron2 logs what ends a training with a traceback, which is for bugs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or has_timed_out(error) or has_lost_process(error):
             record.msg, record.args = "Training ended: %s", (error,)
             record.exc_info = None
         # Of losses that are not finite main logs a traceback before it raises the same error.

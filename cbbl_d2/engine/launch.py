@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from datetime import timedelta
 from typing import Any, Callable
 
 import torch
@@ -15,14 +16,20 @@ from cbbl_d2.errors import Stopped, UserError
 from cbbl_d2.messages import count
 from detectron2.engine import default_setup
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .cli import error_message
+from .divergence import has_lost_process, has_timed_out
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def launch(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> None:
     """
     Run ``main(args)`` in ``args.num_gpus`` processes on each of ``args.num_machines`` machines; in
     this process if that makes one. Where torch finds no GPU the processes share the CPU and talk
@@ -31,10 +38,11 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     Args:
         main: an importable function: each process is started anew.
         args: from Detectron2's ``default_argument_parser``.
+        timeout: how long a process waits for the others.
 
     Raises:
         UserError: that of the process which raised one first; too few GPUs; the processes cannot
-            start; one was killed.
+            start; one was killed, or did not answer.
     """
     for option, least in (("num_gpus", 0), ("num_machines", 1), ("machine_rank", 0)):
         if getattr(args, option) < least:
@@ -63,7 +71,10 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, hand_on)
     try:
         detectron2_launch(
             _run_process,
@@ -71,14 +82,15 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(main, args, errors),
+            args=(main, args, timeout, errors),
+            timeout=timeout,
         )
     except (ProcessExitedException, ProcessRaisedException) as e:
         if not errors.empty():
             raise UserError(errors.get()) from e
         if received:
             raise Stopped(received[0], "stopped") from e
-        _explain(e, args)
+        _explain(e, args, timeout)
         raise
     finally:
         for number, handler in before.items():
@@ -101,7 +113,7 @@ def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
         logger.info(f"No GPU found: running on the CPU in {processes}.")
 
 
-def _run_process(main: Callable, args: argparse.Namespace, errors) -> None:
+def _run_process(main: Callable, args: argparse.Namespace, timeout: timedelta, errors) -> None:
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         # Each process would start a thread for every core, and they would wait for each other.
         torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
@@ -110,13 +122,26 @@ def _run_process(main: Callable, args: argparse.Namespace, errors) -> None:
     except UserError as e:
         errors.put(error_message(e))
         sys.exit(1)
+    except RuntimeError as e:
+        if not has_timed_out(e):
+            raise
+        errors.put(_no_answer(timeout))
+        sys.exit(1)
     except KeyboardInterrupt as e:
         if comm.is_main_process() and str(e):
             print(e, file=sys.stderr)
         sys.exit(getattr(e, "exit_status", 128 + signal.SIGINT))
 
 
-def _explain(error: Exception, args: argparse.Namespace) -> None:
+def _no_answer(timeout: timedelta) -> str:
+    return (
+        "a process did not answer the others for "
+        f"{count(int(timeout.total_seconds() // 60), 'minute', 'minutes')}: go on with "
+        "--resume; if it did not hang and was only slow, raise SOLVER.PROCESS_TIMEOUT"
+    )
+
+
+def _explain(error: Exception, args: argparse.Namespace, timeout: timedelta) -> None:
     """Raises what the user should read instead of ``error``, if that is no bug."""
     if needs_gpu_to_launch(error):
         raise UserError(
@@ -129,9 +154,16 @@ def _explain(error: Exception, args: argparse.Namespace) -> None:
             f"--dist-url {args.dist_url}: another program, maybe another training, uses this port: "
             "choose a free one" + (", or --dist-url auto" if args.num_machines == 1 else "")
         ) from error
+    if isinstance(error, ProcessRaisedException) and has_lost_process(str(error)):
+        raise UserError(
+            "another process has ended, maybe for lack of memory: the lines above, or its "
+            "log.txt.rank file, say why; go on with --resume"
+        ) from error
     if isinstance(error, ProcessExitedException):
         if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise Stopped(error.exit_code - 128, "stopped") from error
+        if error.signal_name == "SIGABRT" and torch.cuda.is_available():  # NCCL's way to time out
+            raise UserError(f"{error}, see the lines above; maybe {_no_answer(timeout)}") from error
         if error.signal_name:
             raise UserError(
                 f"{error}, maybe for lack of memory: lower SOLVER.IMS_PER_BATCH, or go on with "

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_an_interrupt_of_the_first_process_ends_all(needs_processes_on_the_cpu):
         launch(_interrupt_parent, _arguments())
     for process in multiprocessing.active_children():
         process.join(60)
+    assert not multiprocessing.active_children()
+
+
+def _stop_answering(args):
+    if comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.synchronize()
+
+
+@pytest.mark.slow  # torch gives a process that hangs half a minute before it kills it
+def test_a_process_that_hangs_ends_all(needs_processes_on_the_cpu):
+    message = "did not answer the others for 0 minutes: .*raise SOLVER.PROCESS_TIMEOUT"
+    with pytest.raises(UserError, match=message):
+        launch(_stop_answering, _arguments(), timeout=timedelta(seconds=5))
     assert not multiprocessing.active_children()
 
 
