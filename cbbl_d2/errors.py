@@ -23,4 +23,5 @@ class Stopped(KeyboardInterrupt):
             number: of the signal; the exit status is conventionally 128 more.
         """
         super().__init__(message)
+        self.number = number
         self.exit_status = 128 + number

@@ -60,7 +60,8 @@ def launch(
     # torch would announce each process that it ends after another one has failed.
     logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
     # When one process fails, the others fail in turn, having lost it. The first error is the cause.
-    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    # A signal's number, or 0 for a UserError, and the line for the user.
+    ended = multiprocessing.get_context("spawn").SimpleQueue()
     received = []
 
     def hand_on(number: int, _frame: Any) -> None:
@@ -82,12 +83,13 @@ def launch(
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(main, args, timeout, errors),
+            args=(main, args, timeout, ended),
             timeout=timeout,
         )
     except (ProcessExitedException, ProcessRaisedException) as e:
-        if not errors.empty():
-            raise UserError(errors.get()) from e
+        if not ended.empty():
+            number, message = ended.get()
+            raise (Stopped(number, message) if number else UserError(message)) from e
         if received:
             raise Stopped(received[0], "stopped") from e
         _explain(e, args, timeout)
@@ -113,24 +115,25 @@ def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
         logger.info(f"No GPU found: running on the CPU in {processes}.")
 
 
-def _run_process(main: Callable, args: argparse.Namespace, timeout: timedelta, errors) -> None:
+def _run_process(main: Callable, args: argparse.Namespace, timeout: timedelta, ended) -> None:
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         # Each process would start a thread for every core, and they would wait for each other.
         torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
     try:
         main(args)
     except UserError as e:
-        errors.put(error_message(e))
+        ended.put((0, error_message(e)))
         sys.exit(1)
     except RuntimeError as e:
         if not has_timed_out(e):
             raise
-        errors.put(_no_answer(timeout))
+        ended.put((0, _no_answer(timeout)))
         sys.exit(1)
-    except KeyboardInterrupt as e:
-        if comm.is_main_process() and str(e):
-            print(e, file=sys.stderr)
-        sys.exit(getattr(e, "exit_status", 128 + signal.SIGINT))
+    except Stopped as e:
+        ended.put((e.number, str(e)))
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _no_answer(timeout: timedelta) -> str:
