@@ -20,9 +20,12 @@ DEMO_OUTPUT := output/demo
 DEMO_WEIGHTS := datasets/mobilenet_v2.pth
 
 # Small models and small images: more threads than this make the CPU slower, not faster.
-OMP_NUM_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
-                           echo $$((n > 4 ? 4 : n)))
+CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
+OMP_NUM_THREADS ?= $(CORES)
 export OMP_NUM_THREADS
+
+# The tests of a file share what is slow to make. They use one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile
 
 # $(call require_python,PROGRAM): stop with one line if PROGRAM is not a Python this works with.
 require_python = $(if $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 10) or "")' \
@@ -70,10 +73,10 @@ demo: $(INSTALLED) $(DEMO_WEIGHTS)
 	@echo "The pictures are in $(DEMO_OUTPUT)/pictures."
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: $(INSTALLED)
-	$(PY) -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -57,6 +57,7 @@ EXTRAS_REQUIRE = {
     "dev": SAHI_REQUIRES
     + [
         "pytest>=7.3",  # the first one with `tmp_path_retention_policy`
+        "pytest-xdist",
         "ruff>=0.5",  # `ruff check` and `ruff format` with the settings of pyproject.toml
     ],
 }

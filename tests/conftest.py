@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+import setuptools  # noqa: F401  # it refuses to come after the standard library's distutils
 import torch
 from PIL import Image
 
