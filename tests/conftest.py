@@ -1,11 +1,14 @@
+import contextlib
 import itertools
 import json
 import os
 
 import pytest
-import setuptools  # noqa: F401  # it refuses to come after the standard library's distutils
 import torch
 from PIL import Image
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  # refuses to come after the standard library's distutils
 
 REPOSITORY = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 

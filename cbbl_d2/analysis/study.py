@@ -272,6 +272,13 @@ def load_study(path: str) -> Study:
     output = content["output"]
     if not output:
         raise UserError(f"{path}: output is empty: name a folder")
+    for key in ("output", "results"):
+        # Somebody else's file may not choose what is overwritten.
+        if os.path.relpath(content.get(key) or ".").split(os.sep)[0] == os.pardir:
+            raise UserError(
+                f"{path}: {key} = {content[key]!r}: must lie in the working directory, "
+                f"{os.getcwd()}: start it elsewhere, or name a link to a folder"
+            )
     test_set = content.get("test_set") or ""
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)):
@@ -286,6 +293,8 @@ def load_study(path: str) -> Study:
     runs, baselines = [], {}
     for name, entry in content["runs"].items():
         name, entry = str(name), {"config": entry} if isinstance(entry, str) else entry
+        if name in ("", os.curdir, os.pardir) or os.path.basename(name) != name:
+            raise UserError(f"{path}: run {name!r}: must be a name for a folder, without {os.sep}")
         optional = {"overrides", "baseline", "evaluations"}
         _check_keys(f"{path}: run {name}", entry, {"config"}, optional)
         config = str(entry["config"])

@@ -200,6 +200,10 @@ def test_other_weights_to_start_from_are_refused(study_of, tmp_path):
         ({"test_set": "small_shapes_tst"}, "test_set: unknown data set small_shapes_tst"),
         ({"results": 3}, "results = 3: must be a name"),
         ({"output": None}, "output is empty"),
+        ({"output": "/elsewhere"}, "output = '/elsewhere': must lie in the working directory"),
+        ({"results": "a/../../b"}, "results = 'a/../../b': must lie in the working directory"),
+        ({"runs": {"../a": "c.yaml"}}, "run '../a': must be a name for a folder, without /"),
+        ({"runs": {"..": "c.yaml"}}, r"run '\.\.': must be a name"),
     ],
 )
 def test_malformed_names(study_of, changes, message):
