@@ -69,8 +69,8 @@ def add_cbbl_config(cfg: CN) -> None:
 
     # Variance voting at inference (Softer-NMS, arXiv 1809.08545): each side of a detection becomes
     # the mean of the boxes that overlap it, the surer ones weighing more. sigma in
-    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. For
-    # CBBLROIHeads and CBBLRes5ROIHeads only.
+    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. For R-CNN
+    # only: CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads.
     _C.MODEL.CBBL.VOTING_SIGMA = 0.0
 
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
@@ -234,7 +234,7 @@ def _check_voting(cfg: CN) -> None:
     if sigma > 0 and not getattr(heads, "can_vote", False):
         raise ConfigError(
             f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only "
-            "MODEL.ROI_HEADS.NAME CBBLROIHeads and CBBLRes5ROIHeads vote"
+            "MODEL.ROI_HEADS.NAME CBBLROIHeads, CBBLRes5ROIHeads and CBBLCascadeROIHeads vote"
         )
 
 

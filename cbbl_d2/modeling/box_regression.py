@@ -88,6 +88,31 @@ class _GridDecoder:
         return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
 
+    def offset_variances(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: shape ``(R, 4 * G)``.
+
+        Returns:
+            Tensor: variances of the offsets, shape ``(R, 4)``, float32.
+        """
+        return variance(self._distributions(logits), self.grid_like(logits))
+
+
+def relative_std(variances: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        variances: of the sides x1, y1, x2, y2, shape ``(R, 4)``, square pixels.
+        boxes: shape ``(R, 4)``, absolute XYXY.
+
+    Returns:
+        Tensor: standard deviations, shape ``(R, 4)``, relative to the width or height of the box:
+        they hold at any size of the image.
+    """
+    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
+    return variances.sqrt() / sizes
+
+
 class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     """
     Detectron2's ``(dx, dy, dw, dh)`` transform whose "deltas" to apply are logits over a grid of
@@ -123,7 +148,7 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         Returns:
             Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
         """
-        offsets = variance(self._distributions(logits), self.grid_like(logits))
+        offsets = self.offset_variances(logits)
         offsets = offsets / offsets.new_tensor(self.weights) ** 2
         x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
         # x1 = center - width / 2, and the width is the exponential of its offset.
@@ -157,3 +182,20 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
                 f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
         self._grid = grid
+
+    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """
+        As :meth:`CBBLBox2BoxTransform.side_variances`; here each offset belongs to one side.
+
+        Args:
+            logits: shape ``(R, 4 * G)``.
+            boxes: shape ``(R, 4)``, absolute XYXY, centered at the points.
+
+        Returns:
+            Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
+        """
+        offsets = self.offset_variances(logits)
+        if not self.normalize_by_size:
+            return offsets
+        strides = boxes[:, 2] - boxes[:, 0]  # as the base class takes them
+        return offsets * strides[:, None].float() ** 2

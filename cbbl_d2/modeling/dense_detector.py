@@ -3,6 +3,9 @@
 from typing import Dict
 
 import torch
+from detectron2.structures import Instances
+
+from .box_regression import relative_std
 
 """
 Shape shorthand in this module:
@@ -11,6 +14,18 @@ Shape shorthand in this module:
     A: number of anchors on one feature level
     G: number of grid points
 """
+
+
+class _DecodedVariances:
+    """A transform that keeps the variances of the sides of what it has decoded."""
+
+    def __init__(self, transform):
+        self.box2box_transform = self
+        self._transform = transform
+
+    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        self.variances = self._transform.side_variances(deltas, boxes)
+        return self._transform.apply_deltas(deltas, boxes)
 
 
 class DistributionsPerAnchor:
@@ -24,6 +39,27 @@ class DistributionsPerAnchor:
         return super()._transpose_dense_predictions(
             predictions, [num_classes, box_dim * self.box2box_transform.num_points, *others]
         )
+
+    def _decode_per_level_predictions(
+        self, anchors, pred_scores, pred_deltas, score_thresh, topk_candidates, image_size
+    ) -> Instances:
+        """
+        As in the base class, with one more field, ``pred_boxes_std``, see
+        :meth:`CBBLFastRCNNOutputLayers.inference`.
+
+        Args:
+            pred_deltas: logits, shape ``(A, 4 * G)``.
+        """
+        # Which anchors are decoded is known only inside the function of the base class, which needs
+        # nothing of the detector but this.
+        decoder = _DecodedVariances(self.box2box_transform)
+        result = super()._decode_per_level_predictions.__func__(
+            decoder, anchors, pred_scores, pred_deltas, score_thresh, topk_candidates, image_size
+        )
+        boxes = result.pred_boxes.clone()
+        boxes.clip(image_size)  # as it will be
+        result.pred_boxes_std = relative_std(decoder.variances, boxes.tensor)
+        return result
 
     def _localization_losses(
         self, anchors, gt_labels, logits, gt_boxes, name: str, prefix: str

@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
-from .box_regression import CBBLBox2BoxTransform
+from .box_regression import CBBLBox2BoxTransform, relative_std
 from .box_voting import variance_voting
 from .build import build_grid, build_localization_loss
 from .localization_loss import LocalizationLoss
@@ -123,7 +123,15 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         A class-specific head decodes only the (box, class) pairs whose score is above the
         threshold: the others are dropped next anyway.
         """
-        scores = self.predict_probs(predictions, proposals)
+        return self.detect(self.predict_probs(predictions, proposals), predictions, proposals)
+
+    def detect(self, scores, predictions: Tuple[torch.Tensor, torch.Tensor], proposals):
+        """
+        :meth:`inference` with other scores than those of ``predictions``.
+
+        Args:
+            scores: of each image, shape ``(Ri, K + 1)``.
+        """
         # Not len(), which tracing would make a constant.
         logits = predictions[1].split([p.proposal_boxes.tensor.shape[0] for p in proposals])
         if self._is_class_agnostic(predictions[1]):
@@ -165,8 +173,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             self._logits_of_class(logits[regions], result.pred_classes), proposal_boxes[regions]
         )
         boxes = result.pred_boxes.tensor
-        sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
-        result.pred_boxes_std = variances.sqrt() / sizes
+        result.pred_boxes_std = relative_std(variances, boxes)
         if self.voting_sigma == 0:
             return
 

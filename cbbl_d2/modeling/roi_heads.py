@@ -35,7 +35,30 @@ class CBBLCascadeROIHeads(CascadeROIHeads):
     Detectron2's ``CascadeROIHeads`` with a C-BBL box predictor in every stage. The stages may have
     different grids, see ``MODEL.CBBL.CASCADE``. Each grid applies to the offsets after the weights
     of its stage, which grow from stage to stage as the offsets shrink, so that one grid suits all.
+
+    As in the base class, scores are the mean of all stages and boxes those of the last one, whose
+    distributions also give ``pred_boxes_std`` and the votes, see
+    :meth:`CBBLFastRCNNOutputLayers.inference`.
     """
+
+    can_vote = True
+
+    def _forward_box(self, features, proposals, targets=None):
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        # The base class does not say which region a detection comes from.
+        features = [features[name] for name in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        boxes, scores = None, []
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(features, proposals, stage)
+            boxes = predictor.predict_boxes(predictions, proposals)
+            scores.append(predictor.predict_probs(predictions, proposals))
+        mean = [sum(of_image) * (1.0 / len(scores)) for of_image in zip(*scores)]
+        detections, _ = predictor.detect(mean, predictions, proposals)
+        return detections
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):

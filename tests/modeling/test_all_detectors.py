@@ -125,11 +125,58 @@ def test_inference(name, pixels):
         assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
         assert instances.has("pred_masks") == (name == "mask")
         assert instances.has("pred_keypoints") == (name == "keypoint")
+        assert instances.has("pred_boxes_std") == (name != "rpn")  # its boxes are Smooth-L1's
+        if name != "rpn":
+            assert instances.pred_boxes_std.shape == (len(instances), 4)
+            assert torch.isfinite(instances.pred_boxes_std).all()
+            assert (instances.pred_boxes_std > 0).all()
 
     set_score_threshold(model, 1.0)
     with torch.no_grad():
         results = model(inputs)
     assert [len(x["instances"]) for x in results] == [0, 0]
+
+
+def test_the_deviation_is_that_of_the_distributions_of_the_same_box(name, monkeypatch):
+    if name == "rpn":
+        pytest.skip("its boxes are Smooth-L1's")
+    model = build(name).eval()
+    decoded = []
+
+    for transform in {type(layer.box2box_transform) for layer in _decoders(model)}:
+
+        def record(self, logits, boxes, original=transform.apply_deltas):
+            decoded.append((self, logits, boxes, original(self, logits, boxes)))
+            return decoded[-1][-1]
+
+        monkeypatch.setattr(transform, "apply_deltas", record)
+    set_score_threshold(model, 0.0)
+    (x,) = batch(0)
+    # At the size of the network's input, so that no box is scaled.
+    with torch.no_grad():
+        (result,) = model([x])
+    monkeypatch.undo()
+    sources = {}  # decoded box -> variances of its sides
+    for transform, logits, boxes, found in decoded:
+        if found.shape[1] == 4:
+            variances = transform.side_variances(logits, boxes)
+            sources.update(zip(map(tuple, found.tolist()), variances))
+    compared = 0
+    instances = result["instances"]
+    for box, std in zip(instances.pred_boxes.tensor.tolist(), instances.pred_boxes_std):
+        if tuple(box) in sources:  # not clipped
+            size = torch.tensor([box[2] - box[0], box[3] - box[1]]).repeat(2)
+            assert torch.allclose(std, sources[tuple(box)].sqrt() / size, rtol=1e-4)
+            compared += 1
+    assert compared > 3
+
+
+def _decoders(model):
+    """The modules that decode boxes of detections."""
+    if not hasattr(model, "roi_heads"):
+        return [model]
+    predictor = model.roi_heads.box_predictor
+    return list(predictor) if isinstance(predictor, torch.nn.ModuleList) else [predictor]
 
 
 @pytest.fixture

@@ -3,10 +3,14 @@ import math
 import pytest
 import torch
 from cbbl_d2.distribution import exponential_grid
-from cbbl_d2.modeling import CBBLBox2BoxTransform, CBBLFastRCNNOutputLayers
+from cbbl_d2.modeling import (
+    CBBLBox2BoxTransform,
+    CBBLBox2BoxTransformLinear,
+    CBBLFastRCNNOutputLayers,
+)
 from cbbl_d2.modeling.box_voting import variance_voting
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, Instances
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -47,6 +51,21 @@ def test_nothing_to_vote_on():
     # A box without area overlaps nothing, not even itself.
     flat = [[3.0, 3, 3, 9]]
     assert torch.equal(vote(flat, [0], flat, [0], [0.9], [[1.0] * 4]), torch.tensor(flat))
+
+
+def test_variances_of_the_sides_of_fcos_are_those_of_sampled_boxes():
+    grid = exponential_grid(8.0, 0.25, 16, one_sided=True)
+    transform = CBBLBox2BoxTransformLinear(grid)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, grid.numel(), generator=generator)
+    points = torch.tensor([[10.0, 20, 18, 28], [0.0, 0, 16, 16], [5.0, 5, 9, 9]])
+    p = logits.softmax(dim=-1).reshape(12, -1)
+    num = 40000
+    offsets = grid[torch.multinomial(p, num, replacement=True, generator=generator)]
+    offsets = offsets.reshape(3, 4, num).permute(2, 0, 1).reshape(-1, 4)
+    sampled = Box2BoxTransformLinear().apply_deltas(offsets, points.repeat(num, 1))
+    expected = sampled.reshape(num, 3, 4).var(dim=0)
+    assert torch.allclose(transform.side_variances(logits.flatten(1), points), expected, rtol=0.05)
 
 
 def test_variances_of_the_sides_are_those_of_sampled_boxes():

@@ -4,6 +4,7 @@ from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes
 
 from .detectors import NUM_CLASSES, batch, build, config, set_score_threshold
@@ -47,9 +48,9 @@ def test_each_stage_of_a_cascade_starts_from_the_boxes_of_the_one_before(decoded
     set_score_threshold(model, 0.0)
     with torch.no_grad():
         (result,) = model(batch(0))
-    # Once a stage, and the last one again for the result.
-    sources, boxes = zip(*decoded)
-    assert len(decoded) == 4
+    # Once a stage, the last one again for the result, and its detections for their deviation.
+    assert len(decoded) == 5
+    sources, boxes = zip(*decoded[:4])
     for before, after in zip(boxes[:2], sources[1:]):
         clipped = Boxes(before.clone())
         clipped.clip((96, 96))
@@ -82,7 +83,41 @@ def test_test_time_augmentation(name):
     assert instances.has("pred_masks") == (name == "mask")
 
 
-@pytest.mark.parametrize("name", ("cascade", "retinanet", "fcos"))
+@pytest.mark.parametrize("name", ("cascade", "cascade_grids"))
+def test_cascade_finds_what_the_base_class_finds(name):
+    model = build(name).eval()
+    set_score_threshold(model, 0.0)
+    heads = model.roi_heads
+    images = model.preprocess_image(batch(0, 0))
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, features)
+        detections = heads._forward_box(features, proposals)
+        expected = CascadeROIHeads._forward_box(heads, features, proposals)
+    for one, other in zip(detections, expected):
+        assert len(one) == len(other) > 10
+        assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.pred_classes, other.pred_classes)
+
+
+def test_cascade_votes_with_its_last_stage():
+    plain, voted = build("cascade").eval(), build("cascade", MODEL__CBBL__VOTING_SIGMA=0.05).eval()
+    results = []
+    for model in (plain, voted):
+        torch.manual_seed(0)
+        for predictor in model.roi_heads.box_predictor:
+            torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
+        set_score_threshold(model, 0.0)
+        with torch.no_grad():
+            results.append(model(batch(0))[0]["instances"])
+    plain, voted = results
+    assert torch.equal(plain.scores, voted.scores)
+    assert torch.equal(plain.pred_boxes_std, voted.pred_boxes_std)
+    assert (plain.pred_boxes.tensor - voted.pred_boxes.tensor).abs().max() > 0.1  # pixels
+
+
+@pytest.mark.parametrize("name", ("retinanet", "fcos"))
 def test_detectors_that_do_not_vote_say_so(name):
     cfg = config(name)
     cfg.MODEL.CBBL.VOTING_SIGMA = 0.05
