@@ -69,8 +69,8 @@ def add_cbbl_config(cfg: CN) -> None:
 
     # Variance voting at inference (Softer-NMS, arXiv 1809.08545): each side of a detection becomes
     # the mean of the boxes that overlap it, the surer ones weighing more. sigma in
-    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. For R-CNN
-    # only: CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads.
+    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. Only for
+    # R-CNN: CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads.
     _C.MODEL.CBBL.VOTING_SIGMA = 0.0
 
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
@@ -164,7 +164,8 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.SOLVER.GRADIENT_STATS_PERIOD = 0
 
     # With several processes: how many minutes one waits for the others before all of them end in an
-    # error, >= 1. To be longer than what the first one does alone, the numbers of an evaluation.
+    # error, >= 1. Must be longer than the first one takes to compute the AP of a data set: the
+    # others wait for it. (On GPUs, where Detectron2 gathers Python objects, PyTorch's 30 minutes hold.)
     _C.SOLVER.PROCESS_TIMEOUT = 60
 
     # ---------------------------------------------------------------------------- #

@@ -1,7 +1,7 @@
 """
 What a study consists of, and what of it is done. A study is a YAML file:
 
-    output: output/studies/losses   # folder of the study, relative to the working directory
+    output: output/studies/losses   # folder of the study, in the working directory
     seeds: [1, 2, 3]
     overrides: [SOLVER.MAX_ITER, 800]   # of every run; optional
     metrics: [bbox/AP, bbox/APvs]       # columns of the table; optional
@@ -205,8 +205,9 @@ class Study:
         folder of that name in each run's folder, and in the study's.
 
         Raises:
-            UserError: a run is not finished.
+            UserError: a run is not finished; the data set's name is none for a folder.
         """
+        _check_folder_name("--evaluate-on", test_set)
         unfinished = [r for r in self.runs if r.results() is None]
         elsewhere = [r for r in unfinished if self.records.find(r)]
         if elsewhere:
@@ -280,6 +281,8 @@ def load_study(path: str) -> Study:
                 f"{os.getcwd()}: start it elsewhere, or name a link to a folder"
             )
     test_set = content.get("test_set") or ""
+    if test_set:
+        _check_folder_name(f"{path}: test_set", test_set)
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)):
         raise UserError(f"{path}: seeds = {seeds!r}: must be a list of whole numbers >= 0")
@@ -293,8 +296,7 @@ def load_study(path: str) -> Study:
     runs, baselines = [], {}
     for name, entry in content["runs"].items():
         name, entry = str(name), {"config": entry} if isinstance(entry, str) else entry
-        if name in ("", os.curdir, os.pardir) or os.path.basename(name) != name:
-            raise UserError(f"{path}: run {name!r}: must be a name for a folder, without {os.sep}")
+        _check_folder_name(f"{path}: run", name)
         optional = {"overrides", "baseline", "evaluations"}
         _check_keys(f"{path}: run {name}", entry, {"config"}, optional)
         config = str(entry["config"])
@@ -327,6 +329,11 @@ def load_study(path: str) -> Study:
     metrics = _words(path, "metrics", content.get("metrics")) or list(METRICS)
     records = StudyRecords(content.get("results") or os.path.join(output, "results"))
     return Study(output, metrics, runs, baselines, records, test_set)
+
+
+def _check_folder_name(where: str, name: str) -> None:
+    if name in ("", os.curdir, os.pardir) or os.path.basename(name) != name:
+        raise UserError(f"{where} {name!r}: must be a name for a folder, without {os.sep}")
 
 
 def _evaluations(path: str, value) -> Dict[str, List[str]]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from typing import Any, Callable
 
@@ -23,6 +24,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .cli import error_message
 from .divergence import has_lost_process, has_timed_out
+
+_GRACE = 5.0  # seconds
 
 
 def launch(
@@ -125,10 +128,12 @@ def _run_process(main: Callable, args: argparse.Namespace, timeout: timedelta, e
         ended.put((0, error_message(e)))
         sys.exit(1)
     except RuntimeError as e:
-        if not has_timed_out(e):
-            raise
-        ended.put((0, _no_answer(timeout)))
-        sys.exit(1)
+        if has_timed_out(e):
+            ended.put((0, _no_answer(timeout)))
+            sys.exit(1)
+        if has_lost_process(e):
+            time.sleep(_GRACE)  # what ends first is taken for the cause
+        raise
     except Stopped as e:
         ended.put((e.number, str(e)))
         sys.exit(e.exit_status)
@@ -140,7 +145,8 @@ def _no_answer(timeout: timedelta) -> str:
     return (
         "a process did not answer the others for "
         f"{count(int(timeout.total_seconds() // 60), 'minute', 'minutes')}: go on with "
-        "--resume; if it did not hang and was only slow, raise SOLVER.PROCESS_TIMEOUT"
+        "--resume; if it did not hang and was only slow, raise SOLVER.PROCESS_TIMEOUT (which Lazy "
+        "configs do not have)"
     )
 
 
@@ -159,8 +165,15 @@ def _explain(error: Exception, args: argparse.Namespace, timeout: timedelta) -> 
         ) from error
     if isinstance(error, ProcessRaisedException) and has_lost_process(str(error)):
         raise UserError(
-            "another process has ended, maybe for lack of memory: the lines above, or its "
-            "log.txt.rank file, say why; go on with --resume"
+            "a process on another machine has ended: what it has printed there may say why; go on "
+            "with --resume"
+        ) from error
+    not_met = ("waiting for clients", "client socket has timed out")
+    if isinstance(error, ProcessRaisedException) and any(w in str(error) for w in not_met):
+        raise UserError(
+            f"--dist-url {args.dist_url}: the processes did not find each other: start the same "
+            f"command on all {args.num_machines} machines, with --machine-rank 0 on the one that "
+            "--dist-url names, and a port that they can reach"
         ) from error
     if isinstance(error, ProcessExitedException):
         if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):

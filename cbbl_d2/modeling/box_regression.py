@@ -87,7 +87,6 @@ class _GridDecoder:
         # Explicit sizes: -1 is ambiguous for zero regions.
         return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
-
     def offset_variances(self, logits: torch.Tensor) -> torch.Tensor:
         """
         Args:

@@ -203,6 +203,7 @@ def test_other_weights_to_start_from_are_refused(study_of, tmp_path):
         ({"output": "/elsewhere"}, "output = '/elsewhere': must lie in the working directory"),
         ({"results": "a/../../b"}, "results = 'a/../../b': must lie in the working directory"),
         ({"runs": {"../a": "c.yaml"}}, "run '../a': must be a name for a folder, without /"),
+        ({"test_set": "../b"}, "test_set '../b': must be a name for a folder, without /"),
         ({"runs": {"..": "c.yaml"}}, r"run '\.\.': must be a name"),
     ],
 )

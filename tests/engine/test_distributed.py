@@ -14,14 +14,20 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.engine import launch, load_config
+from cbbl_d2.engine.divergence import has_lost_process, has_timed_out
 from cbbl_d2.errors import UserError
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
+import train_net
+
+launch_module = sys.modules[launch.__module__]
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "SmallShapes")
 ITERATIONS = 5
 # Rounding grows to 5e-5 in a few steps of a dense detector, depending on the processor: those are
@@ -206,6 +212,82 @@ def test_a_process_that_hangs_ends_all(needs_processes_on_the_cpu):
     with pytest.raises(UserError, match=message):
         launch(_stop_answering, _arguments(), timeout=timedelta(seconds=5))
     assert not multiprocessing.active_children()
+
+
+# As torch 2.14 words it.
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+TIMED_OUT = GLOO + "unbound_buffer.cc:78] Timed out waiting 60000ms for recv operation to complete"
+LOST = GLOO + "pair.cc:545] Read error [127.0.0.1]:5: Connection reset by peer. This is typically"
+
+
+@pytest.mark.parametrize(
+    "error, timed_out, lost",
+    [
+        (RuntimeError(TIMED_OUT), True, False),
+        (RuntimeError("Application timeout caused pair closure"), True, False),
+        (RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(...)"), True, False),
+        (RuntimeError(LOST), False, True),
+        (
+            RuntimeError("NCCL error: remote process exited or there was a network error"),
+            False,
+            True,
+        ),
+        # bugs and other troubles, which keep their traceback
+        (ConnectionResetError(104, "Connection reset by peer"), False, False),
+        (TimeoutError("timed out"), False, False),
+        (RuntimeError("DataLoader timed out after 60 seconds"), False, False),
+        (None, False, False),
+    ],
+)
+def test_what_is_the_end_of_another_process(error, timed_out, lost):
+    assert (has_timed_out(error), has_lost_process(error)) == (timed_out, lost)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ProcessRaisedException(LOST, 0, 1), "a process on another machine has ended"),
+        (
+            ProcessRaisedException("Timed out after 61 seconds waiting for clients.", 0, 1),
+            "the processes did not find each other: .*--machine-rank 0",
+        ),
+        (ProcessExitedException("process 1", 1, 1, -9, "SIGKILL"), "maybe for lack of memory"),
+    ],
+)
+def test_the_end_of_a_process_in_one_line(error, message, monkeypatch):
+    def end(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(launch_module, "detectron2_launch", end)
+    with pytest.raises(UserError, match=message):
+        launch(None, _arguments())
+
+
+def test_a_bug_of_a_process_keeps_its_traceback(monkeypatch):
+    def end(*args, **kwargs):
+        raise ProcessRaisedException("IndexError: list index out of range", 0, 1)
+
+    monkeypatch.setattr(launch_module, "detectron2_launch", end)
+    with pytest.raises(ProcessRaisedException):
+        launch(None, _arguments())
+
+
+def test_the_timeout_is_that_of_the_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_net, "launch", lambda _, args, timeout: timeouts.append(timeout))
+    timeouts = []
+    config = os.path.join(CONFIGS, "instant_test.yaml")
+    for words in ([], ["SOLVER.PROCESS_TIMEOUT", "7"]):
+        words = ["--config-file", config, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *words]
+        train_net.run(default_argument_parser().parse_args(words))
+    assert timeouts == [timedelta(minutes=60), timedelta(minutes=7)]
+
+
+@pytest.mark.parametrize("minutes", (0, -1, 0.5))
+def test_a_timeout_that_makes_no_sense_is_refused(minutes):
+    cfg = load_config(os.path.join(CONFIGS, "instant_test.yaml"))
+    cfg.SOLVER.PROCESS_TIMEOUT = minutes
+    with pytest.raises(UserError, match="SOLVER.PROCESS_TIMEOUT = .*: must be an integer from 1"):
+        check_cbbl_config(cfg)
 
 
 def _count_processes(args):
