@@ -165,7 +165,7 @@ def add_cbbl_config(cfg: CN) -> None:
 
     # With several processes: how many minutes one waits for the others before all of them end in an
     # error, >= 1. Must be longer than the first one takes to compute the AP of a data set: the
-    # others wait for it. (On GPUs, where Detectron2 gathers Python objects, PyTorch's 30 minutes hold.)
+    # others wait for it. (On GPUs PyTorch's 30 minutes hold where Detectron2 gathers objects.)
     _C.SOLVER.PROCESS_TIMEOUT = 60
 
     # ---------------------------------------------------------------------------- #

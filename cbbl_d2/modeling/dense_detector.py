@@ -16,15 +16,15 @@ Shape shorthand in this module:
 """
 
 
-class _DecodedVariances:
-    """A transform that keeps the variances of the sides of what it has decoded."""
+class _DecodedSources:
+    """A transform that keeps what it has decoded."""
 
     def __init__(self, transform):
         self.box2box_transform = self
         self._transform = transform
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        self.variances = self._transform.side_variances(deltas, boxes)
+        self.logits, self.boxes = deltas, boxes
         return self._transform.apply_deltas(deltas, boxes)
 
 
@@ -40,25 +40,34 @@ class DistributionsPerAnchor:
             predictions, [num_classes, box_dim * self.box2box_transform.num_points, *others]
         )
 
+    def inference_single_image(self, *args) -> Instances:
+        """
+        As in the base class, with one more field, ``pred_boxes_std``, see
+        :meth:`CBBLFastRCNNOutputLayers.inference`.
+        """
+        result = super().inference_single_image(*args)
+        variances = self.box2box_transform.side_variances(result.logits, result.source_boxes)
+        for field in ("logits", "source_boxes"):
+            result.remove(field)
+        boxes = result.pred_boxes.clone()
+        boxes.clip(result.image_size)  # as they will be
+        result.pred_boxes_std = relative_std(variances, boxes.tensor)
+        return result
+
     def _decode_per_level_predictions(
         self, anchors, pred_scores, pred_deltas, score_thresh, topk_candidates, image_size
     ) -> Instances:
         """
-        As in the base class, with one more field, ``pred_boxes_std``, see
-        :meth:`CBBLFastRCNNOutputLayers.inference`.
-
-        Args:
-            pred_deltas: logits, shape ``(A, 4 * G)``.
+        As in the base class, with the fields ``logits``, shape ``(D, 4 * G)``, and ``source_boxes``,
+        shape ``(D, 4)``, of what each of the D boxes was decoded from.
         """
         # Which anchors are decoded is known only inside the function of the base class, which needs
         # nothing of the detector but this.
-        decoder = _DecodedVariances(self.box2box_transform)
+        decoder = _DecodedSources(self.box2box_transform)
         result = super()._decode_per_level_predictions.__func__(
             decoder, anchors, pred_scores, pred_deltas, score_thresh, topk_candidates, image_size
         )
-        boxes = result.pred_boxes.clone()
-        boxes.clip(image_size)  # as it will be
-        result.pred_boxes_std = relative_std(decoder.variances, boxes.tensor)
+        result.logits, result.source_boxes = decoder.logits, decoder.boxes
         return result
 
     def _localization_losses(
