@@ -58,8 +58,8 @@ class DistributionsPerAnchor:
         self, anchors, pred_scores, pred_deltas, score_thresh, topk_candidates, image_size
     ) -> Instances:
         """
-        As in the base class, with the fields ``logits``, shape ``(D, 4 * G)``, and ``source_boxes``,
-        shape ``(D, 4)``, of what each of the D boxes was decoded from.
+        As in the base class, with the fields ``logits``, shape ``(D, 4 * G)``, and
+        ``source_boxes``, shape ``(D, 4)``, of what each of the D boxes was decoded from.
         """
         # Which anchors are decoded is known only inside the function of the base class, which needs
         # nothing of the detector but this.
