@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode as CN
-from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from .distribution import LABELS, UNCERTAINTIES
 from .distribution.grid import MAX_INTERVALS
@@ -69,8 +69,8 @@ def add_cbbl_config(cfg: CN) -> None:
 
     # Variance voting at inference (Softer-NMS, arXiv 1809.08545): each side of a detection becomes
     # the mean of the boxes that overlap it, the surer ones weighing more. sigma in
-    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit. Only for
-    # R-CNN: CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads.
+    # exp(-(1 - IoU)^2 / sigma), >= 0; 0: no voting (the paper). 0.05 was measured to suit
+    # Faster R-CNN. For every detector whose boxes are C-BBL's.
     _C.MODEL.CBBL.VOTING_SIGMA = 0.0
 
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
@@ -229,13 +229,15 @@ def check_cbbl_config(cfg: CN) -> None:
 
 
 def _check_voting(cfg: CN) -> None:
-    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.ROI_HEADS.NAME
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    heads = ROI_HEADS_REGISTRY.get(name) if is_rcnn and name in ROI_HEADS_REGISTRY else None
-    if sigma > 0 and not getattr(heads, "can_vote", False):
+    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.META_ARCHITECTURE
+    key, registry = "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY
+    if name == "GeneralizedRCNN":
+        key, name, registry = "MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY
+    part = registry.get(name) if name in registry else None
+    if sigma > 0 and not getattr(part, "can_vote", False):
         raise ConfigError(
-            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for this detector: only "
-            "MODEL.ROI_HEADS.NAME CBBLROIHeads, CBBLRes5ROIHeads and CBBLCascadeROIHeads vote"
+            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for {key} {name}: only detectors whose "
+            "boxes are C-BBL's vote"
         )
 
 

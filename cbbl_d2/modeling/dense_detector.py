@@ -3,9 +3,10 @@
 from typing import Dict
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from .box_regression import relative_std
+from .box_voting import variance_voting, voting_variances
 
 """
 Shape shorthand in this module:
@@ -31,8 +32,11 @@ class _DecodedSources:
 class DistributionsPerAnchor:
     """
     For a class of Detectron2's dense detectors, before it among the bases, with the attributes
-    ``box2box_transform``, ``localization_loss`` and ``box_reg_loss_weight``.
+    ``box2box_transform``, ``localization_loss``, ``box_reg_loss_weight`` and ``voting_sigma``, see
+    :func:`variance_voting`.
     """
+
+    can_vote = True  # MODEL.CBBL.VOTING_SIGMA
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
         num_classes, box_dim, *others = dims_per_anchor
@@ -40,18 +44,41 @@ class DistributionsPerAnchor:
             predictions, [num_classes, box_dim * self.box2box_transform.num_points, *others]
         )
 
-    def inference_single_image(self, *args) -> Instances:
+    def inference_single_image(self, anchors, scores, logits, image_size) -> Instances:
         """
-        As in the base class, with one more field, ``pred_boxes_std``, see
-        :meth:`CBBLFastRCNNOutputLayers.inference`.
+        As in the base class, with variance voting if ``voting_sigma`` is not 0, and with one more
+        field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
-        result = super().inference_single_image(*args)
+        result = super().inference_single_image(anchors, scores, logits, image_size)
         variances = self.box2box_transform.side_variances(result.logits, result.source_boxes)
         for field in ("logits", "source_boxes"):
             result.remove(field)
         boxes = result.pred_boxes.clone()
         boxes.clip(result.image_size)  # as they will be
         result.pred_boxes_std = relative_std(variances, boxes.tensor)
+        if self.voting_sigma > 0:
+            candidates = self._decode_multi_level_predictions(
+                anchors,
+                scores,
+                logits,
+                self.test_score_thresh,
+                self.test_topk_candidates,
+                image_size,
+            )
+            variances = self.box2box_transform.side_variances(
+                candidates.logits, candidates.source_boxes
+            )
+            result.pred_boxes = Boxes(
+                variance_voting(
+                    result.pred_boxes.tensor,
+                    result.pred_classes,
+                    candidates.pred_boxes.tensor,
+                    candidates.pred_classes,
+                    candidates.scores,
+                    voting_variances(variances, candidates.source_boxes),
+                    self.voting_sigma,
+                )
+            )
         return result
 
     def _decode_per_level_predictions(

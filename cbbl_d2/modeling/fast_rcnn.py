@@ -9,7 +9,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_r
 from detectron2.structures import Boxes, Instances
 
 from .box_regression import CBBLBox2BoxTransform, relative_std
-from .box_voting import variance_voting
+from .box_voting import variance_voting, voting_variances
 from .build import build_grid, build_localization_loss
 from .localization_loss import LocalizationLoss
 from .output_layer import distribution_layer
@@ -183,9 +183,6 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         candidates = Boxes(self.box2box_transform.apply_deltas(logits, proposal_boxes))
         candidates.clip(result.image_size)
         variances = self.box2box_transform.side_variances(logits, proposal_boxes)
-        # A side that is sure to a hundredth of the proposal is sure enough: no candidate has all
-        # the votes.
-        least = (0.01 * (proposal_boxes[:, 2:] - proposal_boxes[:, :2]).repeat(1, 2)) ** 2
         result.pred_boxes = Boxes(
             variance_voting(
                 boxes,
@@ -193,7 +190,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
                 candidates.tensor,
                 classes,
                 scores[regions, classes],
-                variances + least.clamp(min=1e-6),
+                voting_variances(variances, proposal_boxes),
                 self.voting_sigma,
             )
         )

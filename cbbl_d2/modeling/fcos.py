@@ -121,6 +121,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
         box2box_transform: CBBLBox2BoxTransformLinear,
         localization_loss: Optional[LocalizationLoss] = None,
         box_reg_loss_weight: float = 0.25,
+        voting_sigma: float = 0.0,
         **kwargs,
     ):
         """
@@ -129,6 +130,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
             box_reg_loss_weight: of all terms of the localization loss.
+            voting_sigma: see :class:`CBBLFastRCNNOutputLayers`.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(
@@ -138,6 +140,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
             **kwargs,
         )
         self.localization_loss = localization_loss or LocalizationLoss()
+        self.voting_sigma = voting_sigma
         head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform, weight_std=0.01)
 
     @classmethod
@@ -146,6 +149,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
             **super().from_config(cfg),
             "box2box_transform": CBBLBox2BoxTransformLinear(build_grid(cfg, "FCOS")),
             "localization_loss": build_localization_loss(cfg),
+            "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
             "box_reg_loss_weight": cfg.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT,
         }
 

@@ -37,6 +37,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         box2box_transform: CBBLBox2BoxTransform,
         localization_loss: Optional[LocalizationLoss] = None,
         box_reg_loss_weight: float = 0.25,
+        voting_sigma: float = 0.0,
         init_std: float = 0.0,
         **kwargs,
     ):
@@ -46,6 +47,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
             box_reg_loss_weight: of all terms of the localization loss.
+            voting_sigma: see :class:`CBBLFastRCNNOutputLayers`.
             init_std: see :class:`CBBLFastRCNNOutputLayers`.
             kwargs: passed to ``RetinaNet``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have
                 no effect here.
@@ -53,6 +55,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         kwargs["box_reg_loss_type"] = "smooth_l1"  # of the stand-ins in losses()
         super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
         self.localization_loss = localization_loss or LocalizationLoss()
+        self.voting_sigma = voting_sigma
         self.box_reg_loss_weight = box_reg_loss_weight
         head.bbox_pred = distribution_layer(
             head.bbox_pred, box2box_transform, weight_std=0.01, init_std=init_std
@@ -67,6 +70,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
                 weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS, grid=build_grid(cfg, "RETINANET")
             ),
             "localization_loss": build_localization_loss(cfg),
+            "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
             "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
             "init_std": c.INIT_STD,
         }

@@ -171,6 +171,27 @@ def test_the_deviation_is_that_of_the_distributions_of_the_same_box(name, monkey
     assert compared > 3
 
 
+def test_voting_moves_boxes_and_nothing_else(name):
+    if name == "rpn":
+        pytest.skip("its boxes are Smooth-L1's")
+    models = [build(name, MODEL__CBBL__VOTING_SIGMA=sigma).eval() for sigma in (0.0, 5.0)]
+    results = []
+    for model in models:
+        torch.manual_seed(0)
+        for layer in localization_layers(name, model):
+            torch.nn.init.normal_(layer.weight, std=0.05)
+        set_score_threshold(model, 0.0)
+        with torch.no_grad():
+            results.append(model(batch(0))[0]["instances"])
+    plain, voted = results
+    assert len(plain) > 10
+    for field in ("scores", "pred_classes", "pred_boxes_std"):
+        assert torch.equal(plain.get(field), voted.get(field))
+    moved = (plain.pred_boxes.tensor - voted.pred_boxes.tensor).abs()
+    assert 0.1 < moved.max() < 48  # pixels
+    assert torch.isfinite(voted.pred_boxes.tensor).all()
+
+
 def _decoders(model):
     """The modules that decode boxes of detections."""
     if not hasattr(model, "roi_heads"):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import CBBLFastRCNNOutputLayers
@@ -101,28 +102,12 @@ def test_cascade_finds_what_the_base_class_finds(name):
         assert torch.equal(one.pred_classes, other.pred_classes)
 
 
-def test_cascade_votes_with_its_last_stage():
-    plain, voted = build("cascade").eval(), build("cascade", MODEL__CBBL__VOTING_SIGMA=0.05).eval()
-    results = []
-    for model in (plain, voted):
-        torch.manual_seed(0)
-        for predictor in model.roi_heads.box_predictor:
-            torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
-        set_score_threshold(model, 0.0)
-        with torch.no_grad():
-            results.append(model(batch(0))[0]["instances"])
-    plain, voted = results
-    assert torch.equal(plain.scores, voted.scores)
-    assert torch.equal(plain.pred_boxes_std, voted.pred_boxes_std)
-    assert (plain.pred_boxes.tensor - voted.pred_boxes.tensor).abs().max() > 0.1  # pixels
-
-
-@pytest.mark.parametrize("name", ("retinanet", "fcos"))
+@pytest.mark.parametrize("name", ("rpn", "retinanet", "fcos"))
 def test_detectors_that_do_not_vote_say_so(name):
-    cfg = config(name)
+    cfg = config(name, stock=name != "rpn")
     cfg.MODEL.CBBL.VOTING_SIGMA = 0.05
-    with pytest.raises(ConfigError, match="VOTING_SIGMA = 0.05: must be 0 for this detector"):
-        build_model(cfg)
+    with pytest.raises(ConfigError, match="VOTING_SIGMA = 0.05: must be 0 for MODEL"):
+        check_cbbl_config(cfg)
 
 
 def test_voting_reaches_the_predictor():
