@@ -10,6 +10,7 @@ from cbbl_d2.modeling import (
     CBBLRPN,
     CBBLBox2BoxTransform,
     CBBLBox2BoxTransformLinear,
+    CBBLCascadeROIHeads,
     CBBLFastRCNNOutputLayers,
     CBBLRetinaNet,
     LocalizationLoss,
@@ -35,6 +36,8 @@ _DENSE_LOSS_WEIGHT = 0.25
 
 def cbbl_box_head(model) -> None:
     """The box head of Faster, Mask, Keypoint and Cascade R-CNN, the latter's in each stage."""
+    if "box_predictors" in model.roi_heads:
+        model.roi_heads._target_ = CBBLCascadeROIHeads
     for predictor in box_parts(model.roi_heads, "box_predictor"):
         _localize_by_cbbl(predictor, CBBLFastRCNNOutputLayers, _BOX_GRID)
         predictor.cls_agnostic_bbox_reg = True
