@@ -53,7 +53,7 @@ def dense_head_norm(name: str) -> str | Callable:
 
 def with_optimizer(trainer: DefaultTrainer, state: dict[str, Any]) -> dict[str, Any]:
     """The ``state_dict`` of a trainer: v0.6 forgets the optimizer, main has it as "_trainer"."""
-    return {**state, "_trainer": trainer._trainer.state_dict()}
+    return state if "_trainer" in state else {**state, "_trainer": trainer._trainer.state_dict()}
 
 
 def load_optimizer(trainer: DefaultTrainer, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .cli import error_message
 from .divergence import has_lost_process, has_timed_out
+from .stop import handle_signals
 
 _GRACE = 5.0  # seconds
 
@@ -75,10 +76,7 @@ def launch(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    before = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, hand_on)
+    before = handle_signals(hand_on)
     try:
         detectron2_launch(
             _run_process,

@@ -18,6 +18,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_SIGNAL = 1.0  # seconds
 
 
+def handle_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """
+    Set the handler of SIGINT and SIGTERM. One that is ignored, as Ctrl-C is by what a shell runs in
+    the background, stays so.
+
+    Returns:
+        the handlers before, by the number of the signal, of those that were set.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {n: h for n, h in before.items() if h != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
 class StopRequest:
     """
     Notes the first SIGINT or SIGTERM while it is entered; the second one acts as it always does.
@@ -37,11 +52,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            # One that is ignored, as Ctrl-C is by what a shell runs in the background, stays so.
-            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            self._before = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}
-            for number in self._before:
-                signal.signal(number, self._note)
+            self._before = handle_signals(self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
