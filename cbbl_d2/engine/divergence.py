@@ -11,6 +11,7 @@ from cbbl_d2.messages import listed
 from detectron2.config import CfgNode
 
 from .checkpoint import not_finite
+from .lost_process import has_lost_process, has_timed_out
 
 # As Detectron2 writes the losses into its FloatingPointError, with or without NumPy's type.
 _LOSS = re.compile(r"'([^']+)': (?:np\.float64\()?(nan|-?inf)")
@@ -65,18 +66,6 @@ def explain_divergence(
         f"learning rate was {learning_rate:.3g}), or {clip}; if it is always the same images, "
         "check their annotations with tools/check_dataset.py"
     )
-
-
-def has_timed_out(error: BaseException | str | None) -> bool:
-    """Whether a process has waited for another one in vain, as gloo and NCCL say it."""
-    words = ("Timed out waiting", "Application timeout caused", "operation timeout")
-    return any(w in str(error) for w in words)
-
-
-def has_lost_process(error: BaseException | str | None) -> bool:
-    """Whether a process has found that another one has ended, as gloo and NCCL say it."""
-    text = str(error)
-    return "remote process exited" in text or ("gloo/transport" in text and "by peer" in text)
 
 
 class _UserErrorsInOneLine(logging.Filter):

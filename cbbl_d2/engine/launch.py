@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .cli import error_message
-from .divergence import has_lost_process, has_timed_out
+from .lost_process import has_lost_process, has_timed_out
 from .stop import handle_signals
 
 _GRACE = 5.0  # seconds

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.engine import launch, load_config
-from cbbl_d2.engine.divergence import has_lost_process, has_timed_out
+from cbbl_d2.engine.lost_process import has_lost_process, has_timed_out
 from cbbl_d2.errors import UserError
 from detectron2.engine import SimpleTrainer, default_argument_parser
 from detectron2.modeling import build_model
