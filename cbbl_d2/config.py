@@ -73,6 +73,10 @@ def add_cbbl_config(cfg: CN) -> None:
     # Faster R-CNN. For every detector whose boxes are C-BBL's.
     _C.MODEL.CBBL.VOTING_SIGMA = 0.0
 
+    # Calibration of the standard deviations that detections carry, `pred_boxes_std`: what those of
+    # the sides x1, y1, x2, y2 are multiplied by, four numbers > 0. tools/calibration.py prints them.
+    _C.MODEL.CBBL.STD_SCALE = (1.0, 1.0, 1.0, 1.0)
+
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
     # unit is that of the stage's own MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS.
     _C.MODEL.CBBL.CASCADE = CN()
@@ -279,6 +283,10 @@ _VALUES = {
     "MODEL.CBBL.UNCERTAINTY_WEIGHT": _WEIGHT,
     "MODEL.CBBL.GIOU_WEIGHT": _WEIGHT,
     "MODEL.CBBL.VOTING_SIGMA": _WEIGHT,
+    "MODEL.CBBL.STD_SCALE": (
+        lambda v: each(_POSITIVE)[0](v) and len(v) == 4,
+        "four numbers > 0, for x1, y1, x2, y2",
+    ),
     "MODEL.FCOS.BBOX_REG_LOSS_WEIGHT": _WEIGHT,
     **{
         f"MODEL.CBBL.{node}{key}": check

@@ -367,6 +367,8 @@ def test_images_without_objects_and_empty_predictions(tiny_cfg, num_objects, agn
         ("GIOU_WEIGHT", float("inf"), ">= 0"),
         ("INIT_STD", -1.0, ">= 0"),
         ("VOTING_SIGMA", -0.1, ">= 0"),
+        ("STD_SCALE", (1.0, 1.0), "four numbers > 0"),
+        ("STD_SCALE", (1.0, 1.0, 0.0, 1.0), "four numbers > 0"),
         *(
             (f"{node}.{key}", value, allowed)
             for node in ("RPN", "RETINANET", "FCOS")
@@ -459,7 +461,7 @@ LOSS = {
 ONE_SIDED = {"ALPHA": 4.0, "BETA": 0.5, "NUM_INTERVALS": 8}
 GRID = {**ONE_SIDED, "INIT_STD": 0.7}
 CHANGES = {
-    "": {**LOSS, **GRID, "VOTING_SIGMA": 0.2},
+    "": {**LOSS, **GRID, "VOTING_SIGMA": 0.2, "STD_SCALE": (1.5, 1.5, 1.2, 1.2)},
     "CASCADE": {
         "ALPHA": (5.0, 5.0, 4.0),
         "BETA": (1.0, 1.0, 0.5),

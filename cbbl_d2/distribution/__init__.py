@@ -17,6 +17,7 @@ from .coding import LABELS, entropy, expectation, one_hot, two_hot, variance
 from .grid import exponential_grid
 from .initialization import gaussian_logits
 from .losses import UNCERTAINTIES, cbbl_loss
+from .spread import gaussian_variance
 
 __all__ = [
     "LABELS",
@@ -26,6 +27,7 @@ __all__ = [
     "expectation",
     "exponential_grid",
     "gaussian_logits",
+    "gaussian_variance",
     "one_hot",
     "two_hot",
     "variance",

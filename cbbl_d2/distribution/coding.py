@@ -78,17 +78,18 @@ def expectation(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         Tensor: shape ``(...)``, at least float32, also under autocast.
     """
     # Not ``p @ grid``: autocast would run it in half precision, an error of 3e-3.
-    return (_probabilities(logits) * grid).sum(dim=-1)
+    return (probabilities(logits) * grid).sum(dim=-1)
 
 
 def variance(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """
-    Variance of the predicted offset, ``sum_i p_i * (y_i - E)^2``: how unsure the head is, in the
-    squared unit of the grid. Shapes as in :func:`expectation`.
+    Variance of the predicted distribution, ``sum_i p_i * (y_i - E)^2``, in the squared unit of the
+    grid. Shapes as in :func:`expectation`. How unsure the head is of the offset is a part of it,
+    see :func:`gaussian_variance`.
     """
-    probabilities = _probabilities(logits)
-    mean = (probabilities * grid).sum(dim=-1, keepdim=True)
-    return (probabilities * (grid - mean) ** 2).sum(dim=-1)
+    p = probabilities(logits)
+    mean = (p * grid).sum(dim=-1, keepdim=True)
+    return (p * (grid - mean) ** 2).sum(dim=-1)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -118,7 +119,8 @@ def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def _probabilities(logits: torch.Tensor) -> torch.Tensor:
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension, in at least float32."""
     return F.softmax(_points_first(logits), dim=0).movedim(0, -1)
 
 

@@ -3,7 +3,7 @@
 from typing import Sequence, Tuple
 
 import torch
-from cbbl_d2.distribution import expectation, variance
+from cbbl_d2.distribution import expectation, gaussian_variance
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import nn
 
@@ -25,6 +25,7 @@ class _GridDecoder:
 
     _grid: torch.Tensor
     _layer: Sequence[nn.Module] = ()
+    _std_scale: Sequence[float]
 
     @property
     def grid(self) -> torch.Tensor:
@@ -87,15 +88,28 @@ class _GridDecoder:
         # Explicit sizes: -1 is ambiguous for zero regions.
         return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
-    def offset_variances(self, logits: torch.Tensor) -> torch.Tensor:
+    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
+        How unsure the head is of each side of the boxes that :meth:`apply_deltas` returns: the
+        variance of the offsets, :func:`cbbl_d2.distribution.gaussian_variance`, carried to the
+        sides, and times the squares of ``std_scale``.
+
         Args:
             logits: shape ``(R, 4 * G)``.
+            boxes: shape ``(R, 4)``, absolute XYXY.
 
         Returns:
-            Tensor: variances of the offsets, shape ``(R, 4)``, float32.
+            Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
         """
-        return variance(self._distributions(logits), self.grid_like(logits))
+        offsets = gaussian_variance(self._distributions(logits), self.grid_like(logits))
+        sides = self._to_sides(offsets, logits, boxes)
+        return sides * sides.new_tensor(self._std_scale) ** 2
+
+    def _to_sides(
+        self, variances: torch.Tensor, logits: torch.Tensor, boxes: torch.Tensor
+    ) -> torch.Tensor:
+        """From the variances of the offsets to those of the sides, both of shape ``(R, 4)``."""
+        raise NotImplementedError
 
 
 def relative_std(variances: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -122,37 +136,29 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     """
 
     def __init__(
-        self, weights: Tuple[float, float, float, float], grid: torch.Tensor, **kwargs
+        self,
+        weights: Tuple[float, float, float, float],
+        grid: torch.Tensor,
+        std_scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        **kwargs,
     ) -> None:
         """
         Args:
             weights: as in ``Box2BoxTransform``: multiply the offsets before they meet the grid.
             grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
+            std_scale: calibrates :meth:`side_variances`, for x1, y1, x2, y2.
             kwargs: passed to ``Box2BoxTransform`` (``scale_clamp``).
         """
         super().__init__(weights=weights, **kwargs)
-        self._grid = grid
+        self._grid, self._std_scale = grid, std_scale
 
-    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        How unsure the head is of each side of the boxes that :meth:`apply_deltas` returns: the
-        variance of the predicted distributions, carried from the offsets to the sides to first
-        order, as if the four offsets were independent. A two-hot label between two points far
-        apart has a variance of its own, so that a coarse grid overstates it.
-
-        Args:
-            logits: shape ``(R, 4 * G)``.
-            boxes: shape ``(R, 4)``, absolute XYXY.
-
-        Returns:
-            Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
-        """
-        offsets = self.offset_variances(logits)
-        offsets = offsets / offsets.new_tensor(self.weights) ** 2
+    def _to_sides(self, variances, logits, boxes):
+        # To first order, and as if the four offsets were independent.
+        variances = variances / variances.new_tensor(self.weights) ** 2
         x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
         # x1 = center - width / 2, and the width is the exponential of its offset.
-        center = offsets[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2
-        half_size = offsets[:, 2:] * torch.stack([x2 - x1, y2 - y1], dim=1) ** 2 / 4
+        center = variances[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2
+        half_size = variances[:, 2:] * torch.stack([x2 - x1, y2 - y1], dim=1) ** 2 / 4
         return (center + half_size).repeat(1, 2)
 
 
@@ -165,12 +171,18 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
         grid (Tensor): shape ``(G,)``, from 0 up; in strides.
     """
 
-    def __init__(self, grid: torch.Tensor, normalize_by_size: bool = True) -> None:
+    def __init__(
+        self,
+        grid: torch.Tensor,
+        normalize_by_size: bool = True,
+        std_scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    ) -> None:
         """
         Args:
             grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid` with
                 ``one_sided=True``.
             normalize_by_size: as in ``Box2BoxTransformLinear``.
+            std_scale: as in :class:`CBBLBox2BoxTransform`.
 
         Raises:
             ValueError: if the grid has negative points: half of it would never be a target.
@@ -180,21 +192,11 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
             raise ValueError(
                 f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
-        self._grid = grid
+        self._grid, self._std_scale = grid, std_scale
 
-    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        As :meth:`CBBLBox2BoxTransform.side_variances`; here each offset belongs to one side.
-
-        Args:
-            logits: shape ``(R, 4 * G)``.
-            boxes: shape ``(R, 4)``, absolute XYXY, centered at the points.
-
-        Returns:
-            Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
-        """
-        offsets = self.offset_variances(logits)
+    def _to_sides(self, variances, logits, boxes):
+        # Each offset belongs to one side.
         if not self.normalize_by_size:
-            return offsets
+            return variances
         strides = boxes[:, 2] - boxes[:, 0]  # as the base class takes them
-        return offsets * strides[:, None].float() ** 2
+        return variances * strides[:, None].float() ** 2

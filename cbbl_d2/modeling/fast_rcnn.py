@@ -74,7 +74,9 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         return {
             **super().from_config(cfg, input_shape),
             "box2box_transform": CBBLBox2BoxTransform(
-                weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS, grid=build_grid(cfg)
+                weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
+                grid=build_grid(cfg),
+                std_scale=cfg.MODEL.CBBL.STD_SCALE,
             ),
             "localization_loss": build_localization_loss(cfg),
             "init_std": cfg.MODEL.CBBL.INIT_STD,

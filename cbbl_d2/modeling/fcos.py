@@ -147,7 +147,9 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
     def from_config(cls, cfg):
         return {
             **super().from_config(cfg),
-            "box2box_transform": CBBLBox2BoxTransformLinear(build_grid(cfg, "FCOS")),
+            "box2box_transform": CBBLBox2BoxTransformLinear(
+                build_grid(cfg, "FCOS"), std_scale=cfg.MODEL.CBBL.STD_SCALE
+            ),
             "localization_loss": build_localization_loss(cfg),
             "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
             "box_reg_loss_weight": cfg.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT,

@@ -67,7 +67,9 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         return {
             **super().from_config(cfg),
             "box2box_transform": CBBLBox2BoxTransform(
-                weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS, grid=build_grid(cfg, "RETINANET")
+                weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS,
+                grid=build_grid(cfg, "RETINANET"),
+                std_scale=cfg.MODEL.CBBL.STD_SCALE,
             ),
             "localization_loss": build_localization_loss(cfg),
             "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,

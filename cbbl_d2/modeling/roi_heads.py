@@ -72,7 +72,9 @@ class CBBLCascadeROIHeads(CascadeROIHeads):
             CBBLFastRCNNOutputLayers(
                 cfg,
                 box_head.output_shape,
-                box2box_transform=CBBLBox2BoxTransform(weights=weights, grid=grid),
+                box2box_transform=CBBLBox2BoxTransform(
+                    weights=weights, grid=grid, std_scale=cfg.MODEL.CBBL.STD_SCALE
+                ),
             )
             for box_head, weights, grid in zip(
                 ret["box_heads"],

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from cbbl_d2.distribution import two_hot
 from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.modeling import LocalizationLoss
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.utils.events import EventStorage
 
 from .detectors import DETECTORS, batch, build, localization_layers, set_score_threshold
@@ -169,6 +171,52 @@ def test_the_deviation_is_that_of_the_distributions_of_the_same_box(name, monkey
             assert torch.allclose(std, sources[tuple(box)].sqrt() / size, rtol=1e-4)
             compared += 1
     assert compared > 3
+
+
+def test_the_deviation_is_that_of_boxes_whose_offsets_were_drawn(name):
+    """Of labels with noise the head learns the mean code: its deviation has to be the noise's."""
+    if name == "rpn":
+        pytest.skip("its boxes are Smooth-L1's")
+    generator = torch.Generator().manual_seed(0)
+    for layer in _decoders(build(name)):
+        transform = layer.box2box_transform
+        grid = transform.grid
+        one_sided = grid[0] >= 0
+        mean = grid[len(grid) // 2].item() if one_sided else 0.0
+        left = two_hot(torch.tensor(mean), grid)[0]
+        std = max(0.5 * (grid[left + 1] - grid[left]).item(), 0.01 * grid[-1].item())
+        offsets = mean + std * torch.randn(20000, 4, generator=generator)
+        left, right = two_hot(offsets, grid)
+        code = torch.zeros(20000, 4, len(grid)).scatter_(2, left[..., None], 1 - right[..., None])
+        code.scatter_add_(2, left[..., None] + 1, right[..., None])
+        logits = code.mean(dim=0).log().reshape(1, -1)
+        box = torch.tensor([[40.0, 40, 72, 72]])  # an anchor of FCOS is square
+        found = transform.side_variances(logits, box).sqrt()
+        base = Box2BoxTransformLinear() if one_sided else Box2BoxTransform(transform.weights)
+        drawn = base.apply_deltas(offsets, box.repeat(20000, 1))
+        assert torch.allclose(found, drawn.std(dim=0)[None], rtol=0.05)
+
+
+def test_std_scale_multiplies_the_deviation_and_nothing_else(name):
+    if name == "rpn":
+        pytest.skip("its boxes are Smooth-L1's")
+    scale = (2.0, 3.0, 0.5, 1.0)
+    models = [
+        build(name).eval(),
+        build(name, MODEL__CBBL__STD_SCALE=scale).eval(),
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    results = []
+    for model in models:
+        set_score_threshold(model, 0.0)
+        with torch.no_grad():
+            results.append(model(batch(0))[0]["instances"])
+    assert len(results[0]) > 3
+    for field in ("scores", "pred_classes"):
+        assert torch.equal(results[0].get(field), results[1].get(field))
+    assert torch.equal(results[0].pred_boxes.tensor, results[1].pred_boxes.tensor)
+    expected = results[0].pred_boxes_std * torch.tensor(scale)
+    assert torch.allclose(results[1].pred_boxes_std, expected, rtol=1e-5)
 
 
 def test_voting_moves_boxes_and_nothing_else(name):
