@@ -74,7 +74,7 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.CBBL.VOTING_SIGMA = 0.0
 
     # Calibration of the standard deviations that detections carry, `pred_boxes_std`: what those of
-    # the sides x1, y1, x2, y2 are multiplied by, four numbers > 0. tools/calibration.py prints them.
+    # the sides x1, y1, x2, y2 are multiplied by, four numbers > 0, as tools/calibration.py prints.
     _C.MODEL.CBBL.STD_SCALE = (1.0, 1.0, 1.0, 1.0)
 
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The

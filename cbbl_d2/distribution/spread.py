@@ -1,4 +1,4 @@
-"""How unsure a distribution over the grid is of its offset, without the share of the grid itself."""
+"""How unsure a distribution is of its offset, without the share of the grid itself."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 from .coding import probabilities
 
 _SQRT_2, _SQRT_2_PI = math.sqrt(2), math.sqrt(2 * math.pi)
-# Newton steps, from above: stopping early overstates. Four are exact to 3 % where s is a quarter of the
-# mean's interval or more, mostly to float32; of a smaller s the code of an offset in the middle of its
-# interval says next to nothing.
+# Newton steps, from above: stopping early overstates. Four are exact to 3 % where s is a quarter of
+# the mean's interval or more, mostly to float32; of a smaller s the code of an offset in the middle
+# of its interval says next to nothing.
 _STEPS = 4
 
 
@@ -62,7 +62,7 @@ def gaussian_variance(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         for _ in range(_STEPS):
             z = distance / std.clamp(min=least)
             derivative = (slopes * torch.exp(-z * z)).sum(dim=0)
-            # s * psi has s * phi in it, which Newton's step s - (sum - excess) / derivative cancels.
+            # s * psi has s * phi in it, which Newton's s - (sum - excess) / derivative cancels.
             rest = (tail_slopes * (1 - torch.erf(z))).sum(dim=0)
             std = torch.minimum(std, (rest + excess) / derivative.clamp(min=least))
         return std**2

@@ -60,7 +60,7 @@ def bootstrap_ap(
     matches = np.array(coco_eval.evalImgs, dtype=object).reshape(
         len(params.catIds), len(_AREAS), len(params.imgIds)
     )
-    groups = _groups(truth, params.imgIds)
+    groups = image_groups(truth, params.imgIds)
     rng = np.random.default_rng(seed)
     thresholds = np.round(params.iouThrs, 2).tolist()
     values = {name: np.full(num_resamples, np.nan) for name in _METRICS}
@@ -80,8 +80,8 @@ def bootstrap_ap(
     return values
 
 
-def _groups(truth: COCO, images: Sequence[int]) -> List[np.ndarray]:
-    """Positions in ``images`` of those that are drawn together."""
+def image_groups(truth: COCO, images: Sequence[int]) -> List[np.ndarray]:
+    """Positions in ``images`` of those that belong together: of one sequence, or one image each."""
     by_sequence: Dict[object, List[int]] = {}
     for position, image_id in enumerate(images):
         key = truth.imgs[image_id].get("sequence", ("image", image_id))

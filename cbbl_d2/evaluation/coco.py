@@ -79,6 +79,11 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
         self._expected_tasks = sorted(expected_tasks)
         self._rules = rules
 
+    @property
+    def ground_truth(self) -> COCO:
+        """What predictions are compared with, without the boxes that do not count."""
+        return self._coco_api
+
     def _tasks_from_predictions(self, predictions):
         return super()._tasks_from_predictions(predictions) if predictions else self._expected_tasks
 

@@ -34,7 +34,9 @@ def test_finds_the_variance_of_the_offsets_that_were_coded(grid):
         if std < interval / 4 or not low + 4 * std < mean < high - 4 * std:
             continue  # the offsets' code says next to nothing, or they leave the grid
         logits = mean_code(mean, std, grid)
-        assert gaussian_variance(logits, grid.double()).sqrt().item() == pytest.approx(std, rel=0.03)
+        assert gaussian_variance(logits, grid.double()).sqrt().item() == pytest.approx(
+            std, rel=0.03
+        )
         assert gaussian_variance(logits.float(), grid).sqrt().item() == pytest.approx(std, rel=0.04)
         overstated.append(variance(logits, grid.double()).sqrt().item() / std)
         compared += 1

@@ -1,0 +1,234 @@
+"""Whether the deviations that detections carry, ``pred_boxes_std``, are those of their errors."""
+
+import contextlib
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from cbbl_d2.errors import UserError
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from .bootstrap import image_groups
+
+"""
+Shape shorthand in this module:
+
+    M: number of detections that match an object; 4: their sides x1, y1, x2, y2
+
+Naming convention:
+
+    std: standard deviations in pixels of the image
+    errors: detection minus ground truth, pixels; NaN for a side that lies on the border of the
+        image, where it is exact because it was clipped
+"""
+
+SIDES = ("x1", "y1", "x2", "y2")
+# Of a Gaussian, this share lies within one standard deviation.
+ONE_SIGMA = math.erf(1 / math.sqrt(2))
+# Edges of the size classes of the tables, sqrt(width * height) of the ground truth, pixels.
+SIZE_EDGES = (0, 8, 16, 32, 96, math.inf)
+# Fewer matched detections in one half are no basis for four scales.
+_LEAST_MATCHES = 50
+_BORDER = 0.5  # pixels
+_LEAST_STD = 1e-3  # pixels; a logarithm and a quotient are taken
+# Shares that central intervals ought to cover.
+_LEVELS = np.linspace(0.01, 0.99, 99)
+
+
+@dataclasses.dataclass
+class MatchedSides:
+    """
+    Attributes:
+        errors, std: shape ``(M, 4)``.
+        sizes: shape ``(M,)``, sqrt(width * height) of the ground truth, pixels.
+        groups: shape ``(M,)``: the sequence, or the image, that each comes from.
+        num_detections: of which M match.
+    """
+
+    errors: np.ndarray
+    std: np.ndarray
+    sizes: np.ndarray
+    groups: np.ndarray
+    num_detections: int
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def __getitem__(self, chosen: np.ndarray) -> "MatchedSides":
+        fields = (self.errors, self.std, self.sizes, self.groups)
+        return MatchedSides(*(x[chosen] for x in fields), self.num_detections)
+
+    def scaled(self, scale: Sequence[float]) -> "MatchedSides":
+        return dataclasses.replace(self, std=self.std * np.asarray(scale))
+
+
+def match_sides(truth: COCO, detections: Sequence[dict], iou: float = 0.5) -> MatchedSides:
+    """
+    Match as COCO's metric does: class by class, the best score first, each object once, without
+    crowds. What does not reach the IoU has no error here: the largest errors are cut off, at most
+    half of the box at IoU 0.5, and deviations are compared with what is left.
+
+    Args:
+        truth: the data set; images with the same ``"sequence"`` belong together.
+        detections: COCO results with ``pred_boxes_std``, four numbers relative to the box.
+
+    Raises:
+        UserError: detections without deviations.
+    """
+    if any("pred_boxes_std" not in d for d in detections):
+        raise UserError(
+            "these detections have no pred_boxes_std: only detectors whose boxes are C-BBL's do"
+        )
+    images = sorted(truth.getImgIds())
+    groups = image_groups(truth, images)
+    group_of = {images[i]: g for g, positions in enumerate(groups) for i in positions}
+    matches = _match(truth, detections, iou) if detections else []
+    found = [detections[i] for i, _ in matches]
+    boxes = _corners([d["bbox"] for d in found])
+    true = _corners([truth.anns[i]["bbox"] for _, i in matches])
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    std = np.reshape([d["pred_boxes_std"] for d in found], (-1, 4)) * np.tile(sizes, 2)
+    frames = [truth.imgs[d["image_id"]] for d in found]
+    border = np.reshape([[x["width"], x["height"]] for x in frames], (-1, 2))
+    clipped = np.concatenate((boxes[:, :2] < _BORDER, boxes[:, 2:] > border - _BORDER), axis=1)
+    return MatchedSides(
+        errors=np.where(clipped, np.nan, boxes - true),
+        std=np.maximum(std, _LEAST_STD),
+        sizes=np.sqrt((true[:, 2:] - true[:, :2]).prod(axis=1)),
+        groups=np.array([group_of[d["image_id"]] for d in found], dtype=int),
+        num_detections=len(detections),
+    )
+
+
+def _match(truth: COCO, detections: Sequence[dict], iou: float) -> list[tuple[int, int]]:
+    """Index of a detection and id of the object, for each match."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")
+        coco_eval.params.iouThrs = np.array([iou])
+        coco_eval.params.areaRng = coco_eval.params.areaRng[:1]
+        coco_eval.params.maxDets = [len(detections)]
+        coco_eval.evaluate()
+    matches = []
+    for of_image in filter(None, coco_eval.evalImgs):
+        for detection, match, ignored in zip(
+            of_image["dtIds"], of_image["dtMatches"][0], of_image["dtIgnore"][0]
+        ):
+            if match and not ignored:
+                matches.append((detection - 1, int(match)))  # loadRes counts from 1
+    return sorted(matches)
+
+
+def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """From XYWH to XYXY."""
+    boxes = np.reshape(boxes, (-1, 4)).astype(float)
+    return np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+
+
+def halves(matched: MatchedSides) -> tuple[MatchedSides, MatchedSides]:
+    """
+    Two parts with about as many detections each, and no sequence in both: neighboring frames are no
+    independent samples.
+
+    Raises:
+        UserError: too few detections, or all of one sequence.
+    """
+    names, counts = np.unique(matched.groups, return_counts=True)
+    in_first, sums = set(), [0, 0]
+    for i in np.argsort(-counts, kind="stable"):
+        half = int(sums[1] < sums[0])
+        sums[half] += counts[i]
+        if half == 0:
+            in_first.add(names[i])
+    first = np.isin(matched.groups, list(in_first))
+    if min(sums) < _LEAST_MATCHES:
+        raise UserError(
+            f"{len(matched)} of {matched.num_detections} detections match an object, from "
+            f"{len(names)} sequences or images: a calibration needs {_LEAST_MATCHES} in each of "
+            "two halves without a common sequence: take a larger data set or a better detector"
+        )
+    return matched[first], matched[~first]
+
+
+def fit_scale(matched: MatchedSides) -> np.ndarray:
+    """
+    Shape ``(4,)``: what the deviations of each side have to be multiplied by for 68.3 % of the
+    errors to lie within one. Not what makes the likelihood largest: that is ruled by the few large
+    errors of boxes that miss their object.
+    """
+    return np.nanquantile(np.abs(matched.errors) / matched.std, ONE_SIGMA, axis=0)
+
+
+def coverage(matched: MatchedSides, z: float) -> float:
+    """Share of the errors within ``z`` deviations; NaN without any."""
+    ratios = np.abs(matched.errors) / matched.std
+    return float(np.mean(ratios[np.isfinite(ratios)] <= z)) if len(matched) else math.nan
+
+
+def coverage_curve(matched: MatchedSides) -> tuple[np.ndarray, np.ndarray]:
+    """Of 99 central intervals of a Gaussian: the share that each ought to cover, and does."""
+    ratios = np.abs(matched.errors) / matched.std
+    ratios = np.sort(ratios[np.isfinite(ratios)])
+    z = [NormalDist().inv_cdf((1 + level) / 2) for level in _LEVELS]
+    return _LEVELS, np.searchsorted(ratios, z, side="right") / max(len(ratios), 1)
+
+
+def calibration_error(matched: MatchedSides) -> float:
+    """
+    Expected calibration error of a regression (Kuleshov et al., arXiv 1807.00263): the mean over 99
+    levels p of the difference between p and the share of errors in the central interval of level p.
+    """
+    expected, observed = coverage_curve(matched)
+    return float(np.abs(expected - observed).mean())
+
+
+def negative_log_likelihood(matched: MatchedSides) -> float:
+    """Of the errors under Gaussians with these deviations, the mean over all sides; nats."""
+    ratios = matched.errors / matched.std
+    values = np.log(matched.std * math.sqrt(2 * math.pi)) + ratios**2 / 2
+    return float(np.nanmean(values)) if len(matched) else math.nan
+
+
+def spearman(matched: MatchedSides) -> list[float]:
+    """Rank correlation of deviation and absolute error, for each side; NaN for fewer than three."""
+    return [
+        _rank_correlation(std[~np.isnan(error)], np.abs(error[~np.isnan(error)]))
+        for std, error in zip(matched.std.T, matched.errors.T)
+    ]
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if min(len(set(a)), len(set(b))) < 3:
+        return math.nan
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def summary(matched: MatchedSides) -> dict[str, float]:
+    return {
+        "coverage of 68 % intervals": coverage(matched, 1.0),
+        "coverage of 95 % intervals": coverage(matched, 1.96),
+        "expected calibration error": calibration_error(matched),
+        "negative log-likelihood": negative_log_likelihood(matched),
+        "median deviation [px]": float(np.median(matched.std)) if len(matched) else math.nan,
+        "Spearman": float(np.mean(spearman(matched))),
+    }
+
+
+def size_classes(matched: MatchedSides) -> list[tuple[str, MatchedSides]]:
+    """Those of :data:`SIZE_EDGES` that have detections, with a label in pixels."""
+    classes = []
+    for low, high in zip(SIZE_EDGES, SIZE_EDGES[1:]):
+        chosen = (matched.sizes >= low) & (matched.sizes < high)
+        if chosen.any():
+            label = f"{low} to {high}" if high < math.inf else f"{low} and more"
+            classes.append((label, matched[chosen]))
+    return classes

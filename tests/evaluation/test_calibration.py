@@ -1,0 +1,186 @@
+import io
+import math
+
+import cv2
+import numpy as np
+import pytest
+from cbbl_d2.errors import UserError
+from cbbl_d2.evaluation import calibration
+from cbbl_d2.evaluation.calibration import MatchedSides
+from cbbl_d2.evaluation.calibration_plot import plot_calibration
+from pycocotools.coco import COCO
+
+
+def drawn(num=20000, scale=(1.0, 1.0, 1.0, 1.0), seed=0, groups=10):
+    """Gaussian errors of ``scale`` times the deviations that are told."""
+    rng = np.random.default_rng(seed)
+    std = rng.uniform(0.3, 5, (num, 4))
+    return MatchedSides(
+        errors=rng.normal(size=(num, 4)) * std * scale,
+        std=std,
+        sizes=rng.uniform(4, 60, num),
+        groups=rng.integers(groups, size=num),
+        num_detections=2 * num,
+    )
+
+
+def test_gaussian_errors_are_calibrated():
+    numbers = calibration.summary(drawn())
+    assert numbers["coverage of 68 % intervals"] == pytest.approx(0.683, abs=0.01)
+    assert numbers["coverage of 95 % intervals"] == pytest.approx(0.95, abs=0.01)
+    assert numbers["expected calibration error"] < 0.01
+    for scale in (0.5, 2.0):  # too modest, too sure
+        assert calibration.calibration_error(drawn(scale=[scale] * 4)) > 0.1
+
+
+def test_the_fitted_scale_is_that_of_the_errors():
+    scale = (0.5, 1.0, 2.0, 3.0)
+    first, second = calibration.halves(drawn(scale=scale))
+    fitted = calibration.fit_scale(first)
+    assert fitted == pytest.approx(scale, rel=0.05)
+    before, after = calibration.summary(second), calibration.summary(second.scaled(fitted))
+    assert after["expected calibration error"] < 0.01 < before["expected calibration error"]
+    assert after["negative log-likelihood"] < before["negative log-likelihood"] - 0.3
+    # A scale for each side changes no rank.
+    assert after["Spearman"] == pytest.approx(before["Spearman"])
+
+
+def test_likelihood_by_hand():
+    one = MatchedSides(
+        np.array([[2.0, np.nan, np.nan, np.nan]]), np.full((1, 4), 2.0), np.ones(1), np.zeros(1), 1
+    )
+    expected = math.log(2 * math.sqrt(2 * math.pi)) + 0.5
+    # The sides on the border are left out of the deviations' logarithm, too.
+    assert calibration.negative_log_likelihood(one) == pytest.approx(expected)
+
+
+def test_rank_correlation():
+    matched = drawn(2000)
+    ordered = MatchedSides(
+        matched.std**3, matched.std, matched.sizes, matched.groups, matched.num_detections
+    )
+    assert calibration.spearman(ordered) == pytest.approx([1] * 4)
+    unrelated = MatchedSides(
+        np.random.default_rng(1).normal(size=(2000, 4)), *list(vars(matched).values())[1:]
+    )
+    assert np.abs(calibration.spearman(unrelated)).max() < 0.1
+    # Ties share a rank, as the definition has it: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    a, b = np.array([1.0, 2, 2, 3]), np.array([1.0, 2, 3, 4])
+    assert calibration._rank_correlation(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+
+
+def test_halves_share_no_sequence():
+    matched = drawn(3000, groups=7)
+    first, second = calibration.halves(matched)
+    assert not set(first.groups) & set(second.groups)
+    assert len(first) + len(second) == 3000
+    assert abs(len(first) - len(second)) < 1000
+    with pytest.raises(UserError, match="from 1 sequences or images"):
+        calibration.halves(drawn(3000, groups=1))
+    with pytest.raises(UserError, match="^60 of 120 detections match"):
+        calibration.halves(drawn(60))
+
+
+# -- matching --------------------------------------------------------------------------------------
+
+
+def coco(annotations, images=((1, None), (2, None))):
+    truth = COCO()
+    truth.dataset = {
+        "images": [
+            {"id": i, "width": 100, "height": 80, **({} if s is None else {"sequence": s})}
+            for i, s in images
+        ],
+        "categories": [{"id": 3, "name": "a"}, {"id": 5, "name": "b"}],
+        "annotations": [
+            {
+                "id": k,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": crowd,
+            }
+            for k, (image, category, box, crowd) in enumerate(annotations, 1)
+        ],
+    }
+    truth.createIndex()
+    return truth
+
+
+def detection(image, category, box, score=0.9, std=(0.1, 0.1, 0.2, 0.2)):
+    return {
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "score": score,
+        "pred_boxes_std": list(std),
+    }
+
+
+def test_what_matches():
+    truth = coco(
+        [
+            (1, 3, [10, 10, 20, 10], 0),
+            (1, 5, [50, 50, 10, 10], 0),
+            (2, 3, [0, 20, 10, 10], 0),
+            (2, 5, [60, 60, 20, 20], 1),
+        ]
+    )
+    found = [
+        detection(1, 3, [11, 10, 20, 12]),
+        detection(1, 3, [10, 10, 20, 10], 0.5),  # the object is taken
+        detection(1, 3, [50, 50, 10, 10]),  # of another class
+        detection(2, 3, [0.2, 20, 10, 9]),  # on the left border
+        detection(2, 5, [62, 62, 10, 10]),  # in a crowd
+        detection(2, 3, [40, 20, 10, 10]),  # elsewhere
+    ]
+    matched = calibration.match_sides(truth, found)
+    assert len(matched) == 2 and matched.num_detections == 6
+    assert matched.errors == pytest.approx(
+        np.array([[1, 0, 1, 2], [np.nan, 0, 0.2, -1]]), nan_ok=True
+    )
+    # Relative to the width and height of the detection.
+    assert matched.std == pytest.approx(np.array([[2, 1.2, 4, 2.4], [1, 0.9, 2, 1.8]]))
+    assert matched.sizes == pytest.approx([math.sqrt(200), 10])
+    assert matched.groups.tolist() == [0, 1]
+    # Where the best one is too far off, the next may have the object.
+    assert (calibration.match_sides(truth, found, iou=0.85).errors[0] == 0).all()
+
+
+def test_images_of_one_sequence_belong_together():
+    truth = coco(
+        [(1, 3, [10, 10, 20, 10], 0), (2, 3, [10, 10, 20, 10], 0), (3, 3, [10, 10, 20, 10], 0)],
+        images=((1, "a"), (2, "b"), (3, "a")),
+    )
+    found = [detection(i, 3, [10, 10, 20, 10]) for i in (1, 2, 3)]
+    assert calibration.match_sides(truth, found).groups.tolist() == [0, 1, 0]
+
+
+def test_nothing_found_and_no_deviations():
+    truth = coco([(1, 3, [10, 10, 20, 10], 0)])
+    nothing = calibration.match_sides(truth, [])
+    assert len(nothing) == 0
+    assert math.isnan(calibration.summary(nothing)["Spearman"])
+    with pytest.raises(UserError, match="0 of 0 detections"):
+        calibration.halves(nothing)
+    without = detection(1, 3, [10, 10, 20, 10])
+    del without["pred_boxes_std"]
+    with pytest.raises(UserError, match="no pred_boxes_std"):
+        calibration.match_sides(truth, [without])
+    sure = detection(1, 3, [10, 10, 20, 10], std=(0, 0, 0, 0))
+    numbers = calibration.summary(calibration.match_sides(truth, [sure]))
+    assert math.isfinite(numbers["negative log-likelihood"])
+
+
+def test_the_picture_shows_both_versions():
+    matched = drawn(300)
+    images = []
+    for versions in ({"one": matched}, {"one": matched, "two": matched.scaled([2] * 4)}):
+        file = io.BytesIO()
+        plot_calibration(file, "a $ title", versions)
+        data = np.frombuffer(file.getvalue(), np.uint8)
+        images.append(cv2.imdecode(data, cv2.IMREAD_COLOR).astype(int))
+    assert images[0].shape == images[1].shape
+    blue = [((x[..., 0] > 150) & (x[..., 2] < 60)).sum() for x in images]
+    assert blue[0] == 0 and blue[1] > 500
