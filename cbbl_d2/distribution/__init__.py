@@ -13,7 +13,15 @@ Naming convention:
     logits: unnormalized log-probabilities of the grid points, shape ``(..., G)``
 """
 
-from .coding import LABELS, entropy, expectation, one_hot, two_hot, variance
+from .coding import (
+    LABELS,
+    entropy,
+    expectation,
+    one_hot,
+    probabilities,
+    two_hot,
+    variance,
+)
 from .grid import exponential_grid
 from .initialization import gaussian_logits
 from .losses import UNCERTAINTIES, cbbl_loss
@@ -29,6 +37,7 @@ __all__ = [
     "gaussian_logits",
     "gaussian_variance",
     "one_hot",
+    "probabilities",
     "two_hot",
     "variance",
 ]

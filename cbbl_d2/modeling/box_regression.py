@@ -3,7 +3,7 @@
 from typing import Sequence, Tuple
 
 import torch
-from cbbl_d2.distribution import expectation, gaussian_variance
+from cbbl_d2.distribution import expectation, gaussian_variance, probabilities
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import nn
 
@@ -26,6 +26,7 @@ class _GridDecoder:
     _grid: torch.Tensor
     _layer: Sequence[nn.Module] = ()
     _std_scale: Sequence[float]
+    coordinate_names: Tuple[str, ...]
 
     @property
     def grid(self) -> torch.Tensor:
@@ -105,25 +106,27 @@ class _GridDecoder:
         sides = self._to_sides(offsets, logits, boxes)
         return sides * sides.new_tensor(self._std_scale) ** 2
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """From logits of shape ``(R, 4 * G)`` to the distributions ``(R, 4, G)``, float32."""
+        return probabilities(self._distributions(logits))
+
+    def coordinates(self, boxes: torch.Tensor) -> torch.Tensor:
+        """
+        What the grid points stand for: the coordinates of the box that each would decode to.
+
+        Args:
+            boxes: shape ``(R, 4)``, absolute XYXY.
+
+        Returns:
+            Tensor: shape ``(R, 4, G)``, pixels, of ``coordinate_names``.
+        """
+        raise NotImplementedError
+
     def _to_sides(
         self, variances: torch.Tensor, logits: torch.Tensor, boxes: torch.Tensor
     ) -> torch.Tensor:
         """From the variances of the offsets to those of the sides, both of shape ``(R, 4)``."""
         raise NotImplementedError
-
-
-def relative_std(variances: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        variances: of the sides x1, y1, x2, y2, shape ``(R, 4)``, square pixels.
-        boxes: shape ``(R, 4)``, absolute XYXY.
-
-    Returns:
-        Tensor: standard deviations, shape ``(R, 4)``, relative to the width or height of the box:
-        they hold at any size of the image.
-    """
-    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
-    return variances.sqrt() / sizes
 
 
 class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
@@ -134,6 +137,8 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     Attributes:
         grid (Tensor): shape ``(G,)``; the points, in the unit of the weighted offsets.
     """
+
+    coordinate_names = ("center x", "center y", "width", "height")
 
     def __init__(
         self,
@@ -151,6 +156,14 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         """
         super().__init__(weights=weights, **kwargs)
         self._grid, self._std_scale = grid, std_scale
+
+    def coordinates(self, boxes):
+        offsets = self.grid_like(boxes) / boxes.new_tensor(self.weights)[:, None]  # (4, G)
+        sizes = (boxes[:, 2:] - boxes[:, :2]).float()[..., None]
+        centers = (boxes[:, 2:] + boxes[:, :2]).float()[..., None] / 2
+        shifted = centers + sizes * offsets[:2]
+        scaled = sizes * offsets[2:].clamp(max=self.scale_clamp).exp()
+        return torch.cat((shifted, scaled), dim=1)
 
     def _to_sides(self, variances, logits, boxes):
         # To first order, and as if the four offsets were independent.
@@ -170,6 +183,8 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
     Attributes:
         grid (Tensor): shape ``(G,)``, from 0 up; in strides.
     """
+
+    coordinate_names = ("left", "top", "right", "bottom")
 
     def __init__(
         self,
@@ -193,6 +208,13 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
                 f"distances need a one-sided grid, from 0 up; got one from {grid[0].item():g}"
             )
         self._grid, self._std_scale = grid, std_scale
+
+    def coordinates(self, boxes):
+        centers = (boxes[:, 2:] + boxes[:, :2]).float() / 2
+        strides = (boxes[:, 2] - boxes[:, 0]).float()[:, None, None]
+        distances = self.grid_like(boxes) * (strides if self.normalize_by_size else 1)
+        signs = boxes.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
+        return centers.repeat(1, 2)[..., None] + signs * distances
 
     def _to_sides(self, variances, logits, boxes):
         # Each offset belongs to one side.

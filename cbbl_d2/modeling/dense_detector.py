@@ -5,8 +5,8 @@ from typing import Dict
 import torch
 from detectron2.structures import Boxes, Instances
 
-from .box_regression import relative_std
 from .box_voting import variance_voting, voting_variances
+from .uncertainty import set_uncertainty
 
 """
 Shape shorthand in this module:
@@ -37,6 +37,7 @@ class DistributionsPerAnchor:
     """
 
     can_vote = True  # MODEL.CBBL.VOTING_SIGMA
+    keeps_distributions = False  # see set_uncertainty()
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
         num_classes, box_dim, *others = dims_per_anchor
@@ -50,12 +51,15 @@ class DistributionsPerAnchor:
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
         result = super().inference_single_image(anchors, scores, logits, image_size)
-        variances = self.box2box_transform.side_variances(result.logits, result.source_boxes)
+        set_uncertainty(
+            result,
+            self.box2box_transform,
+            result.logits,
+            result.source_boxes,
+            self.keeps_distributions,
+        )
         for field in ("logits", "source_boxes"):
             result.remove(field)
-        boxes = result.pred_boxes.clone()
-        boxes.clip(result.image_size)  # as they will be
-        result.pred_boxes_std = relative_std(variances, boxes.tensor)
         if self.voting_sigma > 0:
             candidates = self._decode_multi_level_predictions(
                 anchors,

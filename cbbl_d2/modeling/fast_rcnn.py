@@ -8,11 +8,12 @@ from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
-from .box_regression import CBBLBox2BoxTransform, relative_std
+from .box_regression import CBBLBox2BoxTransform
 from .box_voting import variance_voting, voting_variances
 from .build import build_grid, build_localization_loss
 from .localization_loss import LocalizationLoss
 from .output_layer import distribution_layer
+from .uncertainty import set_uncertainty
 
 """
 Shape shorthand in this module:
@@ -38,7 +39,12 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
     """
     Predicts, for each coordinate of a box, a distribution over a grid of offsets instead of the
     offset. Classification is Detectron2's own.
+
+    Attributes:
+        keeps_distributions: detections carry their distributions, see :func:`set_uncertainty`.
     """
+
+    keeps_distributions = False
 
     @configurable
     def __init__(
@@ -120,7 +126,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         As in the base class, with variance voting if ``voting_sigma`` is not 0. The results have
         one more field, ``pred_boxes_std``: shape ``(D, 4)``, the standard deviation of the sides
         x1, y1, x2, y2 before voting, relative to the width or height of the box, see
-        :meth:`CBBLBox2BoxTransform.side_variances`.
+        :func:`set_uncertainty`.
 
         A class-specific head decodes only the (box, class) pairs whose score is above the
         threshold: the others are dropped next anyway.
@@ -171,11 +177,13 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             regions: the ROI of each detection, shape ``(D,)``.
             scores, logits, proposal_boxes: of the Ri ROIs of the image.
         """
-        variances = self.box2box_transform.side_variances(
-            self._logits_of_class(logits[regions], result.pred_classes), proposal_boxes[regions]
+        set_uncertainty(
+            result,
+            self.box2box_transform,
+            self._logits_of_class(logits[regions], result.pred_classes),
+            proposal_boxes[regions],
+            self.keeps_distributions,
         )
-        boxes = result.pred_boxes.tensor
-        result.pred_boxes_std = relative_std(variances, boxes)
         if self.voting_sigma == 0:
             return
 
@@ -187,7 +195,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         variances = self.box2box_transform.side_variances(logits, proposal_boxes)
         result.pred_boxes = Boxes(
             variance_voting(
-                boxes,
+                result.pred_boxes.tensor,
                 result.pred_classes,
                 candidates.tensor,
                 classes,
