@@ -21,6 +21,8 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.colors import to_rgb
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 
 from .errors import UserError
@@ -56,6 +58,9 @@ _PAGE = 1.4  # height / width that a contact sheet aims at
 
 # Masks are laid over the image with this opacity: the object must stay visible.
 _MASK_OPACITY = 0.4
+
+# Of the band of a standard deviation.
+_BAND_OPACITY = 0.35
 
 # A label may cover this share of another object at most, otherwise it is left out.
 _MAX_COVERED = 0.2
@@ -135,6 +140,7 @@ def draw_boxes(
     dashed: Sequence[bool] | None = None,
     keypoints: Sequence[np.ndarray] = (),
     metadata: Metadata | None = None,
+    deviations: np.ndarray | None = None,
 ) -> np.ndarray:
     """
     Draw N boxes with thin lines, keypoints and, where there is room beside the objects, the labels
@@ -143,13 +149,15 @@ def draw_boxes(
     Args:
         image: (H, W, 3), already enlarged.
         boxes: (N, 4), pixels of ``image``.
-        labels: N texts.
+        labels: N texts, "" for none.
         colors: N colors, RGB in [0, 1].
         dashed: N flags, for crowd regions.
         keypoints: arrays (K, 3) of x, y in pixels of ``image`` and the visibility or score, one for
             each object with keypoints; those with a visibility of 0 are not labeled.
         metadata: its ``keypoint_names`` and ``keypoint_connection_rules`` say which of them are
             connected.
+        deviations: (N, 4), how far each side is moved out and in for the edges of its band, pixels
+            of ``image``.
 
     Returns:
         array (H, W, 3).
@@ -161,6 +169,10 @@ def draw_boxes(
     line_width = np.clip(short_side / 420, 1.8, 3) * 72 / canvas.dpi  # points
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     for i in np.argsort(-areas, kind="stable"):
+        if deviations is not None:
+            band = PathPatch(_band(boxes[i], deviations[i]), facecolor=colors[i], linewidth=0)
+            band.set_alpha(_BAND_OPACITY)
+            canvas.ax.add_patch(band)
         style = "--" if dashed is not None and dashed[i] else "-"
         visualizer.draw_box(boxes[i], alpha=1, edge_color=colors[i], line_style=style)
         patch = canvas.ax.patches[-1]
@@ -183,6 +195,18 @@ def draw_boxes(
     drawing = np.frombuffer(data, dtype=np.uint8).reshape(height, width, 4).astype(np.float32)
     opacity = drawing[:, :, 3:] / 255
     return np.rint(image * (1 - opacity) + drawing[:, :, :3] * opacity).astype(np.uint8)
+
+
+def _band(box: np.ndarray, deviations: np.ndarray) -> Path:
+    """The region between a box whose sides are moved out and one whose sides are moved in."""
+    outwards = deviations * [-1, -1, 1, 1]
+    outer, inner = box + outwards, box - outwards
+    corners = [(outer[[0, 2, 2, 0]], outer[[1, 1, 3, 3]])]
+    if (inner[:2] < inner[2:]).all():
+        corners.append((inner[[0, 0, 2, 2]], inner[[1, 3, 3, 1]]))  # the other way around: a hole
+    return Path.make_compound_path(
+        *(Path(np.column_stack([(*x, x[0]), (*y, y[0])]), closed=True) for x, y in corners)
+    )
 
 
 def draw_masks(
@@ -222,6 +246,7 @@ def draw_instances(
     instances: Instances,
     metadata: Metadata | None = None,
     scale: float | None = None,
+    uncertainty: bool = False,
 ) -> np.ndarray:
     """
     Predictions over the enlarged image, without a caption: boxes with class and score, and the
@@ -233,6 +258,8 @@ def draw_instances(
             and "pred_keypoints" (N, K, 3), on the CPU or not.
         metadata: for names and colors, see :class:`ClassStyle`.
         scale: factor of the enlargement, by default that of :func:`enlargement`.
+        uncertainty: a band around each side, one standard deviation to both sides of it. Needs
+            "pred_boxes_std" (N, 4), relative to the box.
 
     Returns:
         array (round(scale * H), round(scale * W), 3).
@@ -256,8 +283,11 @@ def draw_instances(
         np.reshape(_array(x), (-1, 3)) * [*factors, 1] for x in fields.get("pred_keypoints", ())
     ]
     boxes = _array(instances.pred_boxes.tensor) * np.tile(factors, 2)
+    deviations = None
+    if uncertainty:
+        deviations = _array(instances.pred_boxes_std) * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     drawn = draw_masks(canvas, masks, colors) if masks else canvas
-    return draw_boxes(drawn, boxes, labels, colors, crowd, points, metadata)
+    return draw_boxes(drawn, boxes, labels, colors, crowd, points, metadata, deviations)
 
 
 def _array(values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:
@@ -313,6 +343,7 @@ def draw_pair(
     scale: float | None = None,
     name: str = "",
     note: str = "",
+    uncertainty: bool = False,
 ) -> np.ndarray:
     """
     Ground truth on the left, predictions on the right (very wide images: above and below), each
@@ -330,6 +361,7 @@ def draw_pair(
         scale: factor of the enlargement, by default that of :func:`enlargement`.
         name: of the image, for the captions.
         note: for the caption of the predictions, e.g. the score threshold.
+        uncertainty: of the predictions, see :func:`draw_instances`.
 
     Returns:
         array (height, width, 3): the panels of round(scale * H) x round(scale * W) pixels with
@@ -344,8 +376,9 @@ def draw_pair(
         size += f", shown {_TIMES}{scale:g}"
     panels = []
 
-    def add_panel(title: str, instances: Instances, remarks: list[str]) -> None:
-        drawn, classes = draw_instances(image, instances, metadata, scale), instances.pred_classes
+    def add_panel(title: str, instances: Instances, remarks: list[str], bands=False) -> None:
+        drawn = draw_instances(image, instances, metadata, scale, bands)
+        classes = instances.pred_classes
         panels.append(_with_caption(drawn, title, remarks, classes.tolist(), ClassStyle(metadata)))
 
     if ground_truth is not None:
@@ -355,7 +388,8 @@ def draw_pair(
         truth = _ground_truth(ground_truth, image.shape[:2], name, shown)
         add_panel("Ground truth", truth, [name, size])
     if predictions is not None:
-        add_panel("Predictions", predictions, [note] if panels else [note, name, size])
+        remarks = [note] if panels else [note, name, size]
+        add_panel("Predictions", predictions, remarks, uncertainty)
     if not panels:
         raise ValueError("draw_pair: neither ground truth nor predictions were given")
     is_stacked = image.shape[1] > _WIDE * image.shape[0]
@@ -432,6 +466,8 @@ def _draw_labels(
     font_size = max(7.5, min(canvas.height / 90, canvas.width / 90, usual / 4))
     taken = []
     for i in np.argsort(sides.prod(axis=1), kind="stable"):
+        if not labels[i]:
+            continue
         visualizer.draw_text(
             plot_text(labels[i]),
             (0, 0),

@@ -308,3 +308,25 @@ def test_a_contact_sheet_has_a_sensible_size():
     height, width, _ = sheet.shape
     assert 900 < max(height, width) <= 1000 and 0.5 < width / height < 1.2
     assert (sheet == GREY).all(axis=2).mean() > 0.8
+
+
+def test_bands_of_the_deviations():
+    image = np.zeros((100, 200, 3), dtype=np.uint8)
+    red = (1.0, 0.0, 0.0)
+    box = np.array([[50.0, 30, 150, 70]])
+    plain = draw_boxes(image, box, [""], [red]).astype(int)
+    banded = draw_boxes(image, box, [""], [red], deviations=np.array([[20.0, 10, 5, 15]])).astype(
+        int
+    )
+    tinted = np.abs(banded - plain).sum(axis=2) > 20
+    rows, columns = np.nonzero(tinted)
+    # Out by a deviation, and in.
+    assert (columns.min(), columns.max() + 1) == pytest.approx((30, 155), abs=1)
+    assert (rows.min(), rows.max() + 1) == pytest.approx((20, 85), abs=1)
+    assert not tinted[42:53, 72:143].any()
+    assert tinted[50, 33:47].all() and tinted[50, 53:68].all()
+    # As wide as the box: nothing is left out in the middle.
+    wide = draw_boxes(image, box, [""], [red], deviations=np.full((1, 4), 60.0)).astype(int)
+    assert (np.abs(wide - image)[35:65, 60:140].sum(axis=2) > 20).all()
+    nothing = np.zeros((0, 4))
+    assert np.array_equal(draw_boxes(image, nothing, [], [], deviations=nothing), image)

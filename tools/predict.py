@@ -16,6 +16,7 @@ The config is the one that the training has stored beside the checkpoint. Writte
     annotations.json     COCO annotations with images and categories, for CVAT and Label Studio
     predictions.csv      one line for each box
     yolo/                labels/*.txt, classes.txt and data.yaml
+    explained/           a figure for each --explain
 
 With --dataset, AP and APvs are computed as train_net.py does, and go to metrics.json, unless
 --num-images leaves images out.
@@ -35,6 +36,7 @@ from cbbl_d2.evaluation.slices import build_prediction_evaluator
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
 from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
 from cbbl_d2.inference.classes import Classes
+from cbbl_d2.inference.explanation import Explanations, Target
 from cbbl_d2.inference.folder import make_folder
 from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.results import ImageResult, Results
@@ -43,6 +45,8 @@ from cbbl_d2.inference.slicing import build_sliced_predictor
 from cbbl_d2.inference.sources import Source, find_source
 from cbbl_d2.inference.writers import WRITERS, write_json
 from cbbl_d2.messages import count, listed
+from cbbl_d2.modeling import keep_distributions
+from cbbl_d2.visualization import ClassStyle
 from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import create_small_table, setup_logger
@@ -115,8 +119,25 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="predict on the slices alone, and not also on the whole image",
     )
+    parser.add_argument(
+        "--explain",
+        nargs="+",
+        type=explained_detection,
+        default=[],
+        metavar="IMAGE:INDEX",
+        help="also write a figure of this detection and the distributions that its box is made of; "
+        "INDEX counts the detections of an image from 0, the best score first",
+    )
     add_opts(parser)
     return parser
+
+
+def explained_detection(text: str) -> Target:
+    """A ``type`` for argparse."""
+    try:
+        return Target.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not IMAGE:INDEX, such as a.jpg:0") from e
 
 
 def has_metrics(args: argparse.Namespace) -> bool:
@@ -126,6 +147,8 @@ def has_metrics(args: argparse.Namespace) -> bool:
 def setup(args: argparse.Namespace) -> CfgNode:
     if args.slice is None and (args.overlap is not None or args.no_whole_image):
         raise UserError("--overlap and --no-whole-image belong to --slice: give it, too")
+    if args.slice is not None and args.explain:
+        raise UserError("--explain: not with --slice, whose boxes come from many slices")
     threshold = args.confidence_threshold
     if threshold is None and not has_metrics(args):
         threshold = THRESHOLD
@@ -158,8 +181,23 @@ def build_pictures(
         above=THRESHOLD if threshold is None and has_metrics(args) else None,
         scale=args.scale,
         ground_truth=not args.no_ground_truth,
+        uncertainty=args.uncertainty,
         video_folder=os.path.join(folder, "videos"),
     )
+
+
+def build_explanations(
+    folder: str, source: Source, classes: Classes, predictor: Predictor, args: argparse.Namespace
+) -> Explanations:
+    """
+    Raises:
+        UserError: the detector has no distributions.
+    """
+    names = keep_distributions(predictor.model)
+    if not names:
+        raise UserError("--explain: this detector has no distributions: only C-BBL's detectors do")
+    folder, style = os.path.join(folder, "explained"), ClassStyle(classes.metadata)
+    return Explanations(folder, args.explain, source.files, names, style)
 
 
 # -- what is printed -------------------------------------------------------------------------------
@@ -250,7 +288,11 @@ def run(args: argparse.Namespace) -> None:
     results, evaluator = Results(), None
     pictures = build_pictures(folder, source, classes, args)
     formats = args.formats or [x for x in FORMATS if x != "pictures" or not has_metrics(args)]
-    takers = [pictures.take] if "pictures" in formats else []
+    explanations = None
+    if args.explain:
+        explanations = build_explanations(folder, source, classes, predictor, args)
+    takers = [explanations.take] if explanations else []
+    takers += [pictures.take] if "pictures" in formats else []
     takers.append(results.take)
     if has_metrics(args):
         evaluator = build_prediction_evaluator(cfg, args.dataset, folder, is_sliced)
@@ -264,6 +306,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"none of the {skipped} files could be read, see the lines above")
     for name, write in (WRITERS[x] for x in formats if x in WRITERS):
         write(os.path.join(folder, name), found, classes)
+    if explanations:
+        explanations.check_all_found()
+        print(f"Explained: {', '.join(explanations.written)}")
     limit = -1 if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
     say_what_is_found(found, folder, skipped, pictures, limit)
     if evaluator is not None:

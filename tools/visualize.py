@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         threshold=threshold,
         scale=args.scale,
         ground_truth=not args.no_ground_truth,
+        uncertainty=args.uncertainty,
         overview=True,
     )
     with pictures:

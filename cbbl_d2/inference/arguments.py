@@ -37,7 +37,8 @@ def add_threshold(parser: argparse.ArgumentParser, help: str, default: float | N
 
 def add_pictures(parser: argparse.ArgumentParser, num_images: str) -> None:
     """
-    What is drawn, and how large: ``--num-images``, ``--scale`` and ``--no-ground-truth``.
+    What is drawn, and how large: ``--num-images``, ``--scale``, ``--no-ground-truth`` and
+    ``--uncertainty``.
 
     Args:
         num_images: what ``--num-images`` does.
@@ -51,3 +52,8 @@ def add_pictures(parser: argparse.ArgumentParser, num_images: str) -> None:
         "makes the short side 600 pixels or more",
     )
     parser.add_argument("--no-ground-truth", action="store_true", help="draw the predictions alone")
+    parser.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="draw a band around each side of a box, one standard deviation to both sides of it",
+    )

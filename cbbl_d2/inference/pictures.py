@@ -39,6 +39,7 @@ class Pictures:
             ``threshold``, as AP needs it.
         scale: enlargement; None: that of :func:`cbbl_d2.visualization.enlargement`.
         ground_truth: draw that of the dataset dicts beside the predictions.
+        uncertainty: draw the deviation of each side, see :func:`draw_instances`.
         overview: also write ``overview.png``, a contact sheet of two pictures or more.
         video_folder: of the videos; None: ``folder``.
         drawn: how many pictures there are.
@@ -53,6 +54,7 @@ class Pictures:
     above: float | None = None
     scale: float | None = None
     ground_truth: bool = True
+    uncertainty: bool = False
     overview: bool = False
     video_folder: str | None = None
 
@@ -81,8 +83,14 @@ class Pictures:
             instances: on the CPU, in pixels of the image.
 
         Raises:
-            UserError: the file cannot be written, or the frame of a video is too large to draw.
+            UserError: the file cannot be written, the frame of a video is too large to draw, or
+                there are no deviations to draw.
         """
+        if self.uncertainty and not instances.has("pred_boxes_std"):
+            raise UserError(
+                "--uncertainty: the boxes of this detector have no deviations: leave it out, or "
+                "give a detector whose boxes are C-BBL's"
+            )
         if self.above is not None:
             instances = instances[instances.scores >= self.above]
         name = self._names[frame.source_index]
@@ -98,7 +106,8 @@ class Pictures:
                 self.metadata,
                 scale=self.scale,
                 name=os.path.basename(frame.file_name),
-                note=f"score \N{GREATER-THAN OR EQUAL TO} {self.threshold:g}",
+                note=f"score \N{GREATER-THAN OR EQUAL TO} {self.threshold:g}{self._bands()}",
+                uncertainty=self.uncertainty,
             )
         except UserError as e:
             self.skipped(str(e))
@@ -118,13 +127,18 @@ class Pictures:
 
     def _take_video(self, frame: Frame, instances: Instances, name: str) -> None:
         """Without the caption of a picture, whose height is not the same for all frames."""
-        picture = draw_instances(frame.image, instances, self.metadata, self.scale)
+        picture = draw_instances(
+            frame.image, instances, self.metadata, self.scale, self.uncertainty
+        )
         if frame.video not in self._videos:
             path = os.path.join(self.video_folder or self.folder, f"{name}.mp4")
             writer = video_writer(path, frame.fps, picture.shape)
             self._videos[frame.video] = self._stack.enter_context(writer)
         self._videos[frame.video](picture)
         self.num_objects += len(instances)
+
+    def _bands(self) -> str:
+        return ", bands: one deviation of each side" if self.uncertainty else ""
 
     def _write_overview(self) -> None:
         sheet = contact_sheet(self._for_overview)

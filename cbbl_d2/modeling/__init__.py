@@ -8,6 +8,7 @@ from .retinanet import CBBLRetinaNet
 from .roi_heads import CBBLCascadeROIHeads, CBBLRes5ROIHeads, CBBLROIHeads
 from .rpn import CBBLRPN
 from .torchvision_backbone import TorchvisionNetwork
+from .uncertainty import keep_distributions
 
 __all__ = [
     "CBBLBox2BoxTransform",
@@ -22,4 +23,5 @@ __all__ = [
     "ConfigurableFCOS",
     "LocalizationLoss",
     "TorchvisionNetwork",
+    "keep_distributions",
 ]

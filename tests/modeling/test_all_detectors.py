@@ -6,7 +6,7 @@ import pytest
 import torch
 from cbbl_d2.distribution import two_hot
 from cbbl_d2.engine import CBBLCheckpointer
-from cbbl_d2.modeling import LocalizationLoss
+from cbbl_d2.modeling import LocalizationLoss, keep_distributions
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.utils.events import EventStorage
 
@@ -317,3 +317,34 @@ def test_the_loss_is_in_float32_under_autocast(name, monkeypatch):
                 terms = original(loss, transform, logits, *boxes)
         assert terms.dtype == torch.float32
         assert torch.allclose(terms, expected, rtol=1e-5)
+
+
+def test_detections_carry_their_distributions_where_asked_to(name):
+    model = build(name).eval()
+    set_score_threshold(model, 0.0)
+    with torch.no_grad():
+        (plain,) = model(batch(0))
+    names = keep_distributions(model)
+    if name == "rpn":
+        assert names == ()
+        return
+    with torch.no_grad():
+        (found,) = model(batch(0))
+    plain, found = plain["instances"], found["instances"]
+    assert len(found) > 3 and not plain.has("offset_probabilities")
+    for field in ("scores", "pred_boxes_std"):
+        assert torch.equal(plain.get(field), found.get(field))
+    p, points = found.offset_probabilities, found.offset_coordinates
+    assert p.shape == points.shape == (len(found), 4, p.shape[2])
+    assert torch.allclose(p.sum(dim=2), torch.ones(len(found), 4))
+    # Where a coordinate is linear in its offset, that of the box is the mean of the points.
+    height, width = found.image_size
+    means = (p * points).sum(dim=2) * torch.tensor([width, height, width, height])
+    boxes = found.pred_boxes.tensor
+    inside = (boxes > 0).all(dim=1) & (boxes < torch.tensor([width, height] * 2)).all(dim=1)
+    assert inside.any()
+    if names[0] == "left":
+        assert torch.allclose(means[inside], boxes[inside], atol=1e-2)
+    else:
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        assert torch.allclose(means[inside, :2], centers[inside], atol=1e-2)

@@ -141,3 +141,24 @@ def test_the_grid_is_that_of_the_layer():
     holder.double()
     assert transform.grid.dtype == torch.float64
     assert transform.decode_offsets(torch.zeros(1, 20)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ("deltas", "distances"))
+def test_coordinates_are_what_each_grid_point_decodes_to(kind):
+    if kind == "deltas":
+        transform = CBBLBox2BoxTransform(WEIGHTS, exponential_grid(8.0, 0.5, 5))
+        base, boxes = Box2BoxTransform(WEIGHTS), random_boxes(20)
+    else:
+        transform = CBBLBox2BoxTransformLinear(exponential_grid(8.0, 0.5, 5, one_sided=True))
+        corners = random_boxes(20)[:, :2]
+        base, boxes = Box2BoxTransformLinear(), torch.cat((corners, corners + 16), dim=1)
+    found = transform.coordinates(boxes)
+    assert found.shape == (20, 4, 6)
+    for k, point in enumerate(transform.grid.tolist()):
+        x1, y1, x2, y2 = base.apply_deltas(torch.full((20, 4), point), boxes).unbind(dim=1)
+        sides = {"left": x1, "top": y1, "right": x2, "bottom": y2}
+        sizes = {"width": x2 - x1, "height": y2 - y1}
+        centers = {"center x": (x1 + x2) / 2, "center y": (y1 + y2) / 2}
+        for i, name in enumerate(transform.coordinate_names):
+            expected = {**sides, **sizes, **centers}[name]
+            assert torch.allclose(found[:, i, k], expected, rtol=1e-4, atol=1e-3)

@@ -345,3 +345,46 @@ def test_files_of_an_earlier_prediction_are_said(run, tmp_path, capsys):
     run("--input", tmp_path / "in/b.png", "--formats", "yolo")
     assert f"{out}: yolo/labels has files of an earlier prediction" in capsys.readouterr().out
     assert sorted(x.name for x in (out / "yolo/labels").iterdir()) == ["a.txt", "b.txt"]
+
+
+# -- uncertainty -----------------------------------------------------------------------------------
+
+
+def test_uncertainty_and_an_explained_detection(run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    options = ("--input", tmp_path / "in/a.png", "--formats", "pictures", "results")
+    plain = run(*options, output=tmp_path / "plain")
+    out = run(*options, "--uncertainty", "--explain", "a.png:0", "a.png:3", output=tmp_path / "out")
+    assert files(out) == ["explained/a_0.png", "explained/a_3.png", "pictures/a.png"] + [
+        "predictions.json"
+    ]
+    assert "Explained: " in capsys.readouterr().out
+    # The distributions are in the figure alone.
+    assert (plain / "predictions.json").read_text() == (out / "predictions.json").read_text()
+    pictures = [cv2.imread(str(x / "pictures/a.png")) for x in (plain, out)]
+    assert pictures[0].shape == pictures[1].shape and not np.array_equal(*pictures)
+
+
+def test_errors_of_uncertainty(error, run, tmp_path, capsys):
+    make_image(tmp_path / "in/a.png")
+    options = ("--input", tmp_path / "in/a.png", "--formats", "pictures")
+    assert "b.png:0: no such image" in error(*options, "--explain", "b.png:0")
+    assert "a.png:9: a.png has 5 detections" in error(*options, "--explain", "a.png:9")
+    assert "not with --slice" in error(*options, "--explain", "a.png:0", "--slice", 32)
+    with pytest.raises(SystemExit):
+        run(*options, "--explain", "a.png")
+    assert "'a.png' is not IMAGE:INDEX" in capsys.readouterr().err
+
+
+def test_a_stock_detector_has_no_uncertainty(error, weights, tmp_path):
+    make_image(tmp_path / "in/a.png")
+    config = str(ROOT / "configs/SmallShapes/smooth_l1.yaml")
+    cfg = load_config(config, TINY)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "stock.pth")
+    stock = {"weights": str(tmp_path / "stock.pth")}
+    options = ("--config-file", config, "--input", tmp_path / "in/a.png", "--formats", "pictures")
+    for args, message in (
+        (["--uncertainty"], "have no deviations"),
+        (["--explain", "a.png:0"], "no distributions"),
+    ):
+        assert message in error(*options, *args, "--opts", *TINY, **stock)
