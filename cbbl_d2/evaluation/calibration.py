@@ -45,21 +45,21 @@ class MatchedSides:
     Attributes:
         errors, std: shape ``(M, 4)``.
         sizes: shape ``(M,)``, sqrt(width * height) of the ground truth, pixels.
-        groups: shape ``(M,)``: the sequence, or the image, that each comes from.
+        in_first_half: shape ``(M,)``, bool: of the data set, see :func:`halves`.
         num_detections: of which M match.
     """
 
     errors: np.ndarray
     std: np.ndarray
     sizes: np.ndarray
-    groups: np.ndarray
+    in_first_half: np.ndarray
     num_detections: int
 
     def __len__(self) -> int:
         return len(self.errors)
 
     def __getitem__(self, chosen: np.ndarray) -> "MatchedSides":
-        fields = (self.errors, self.std, self.sizes, self.groups)
+        fields = (self.errors, self.std, self.sizes, self.in_first_half)
         return MatchedSides(*(x[chosen] for x in fields), self.num_detections)
 
     def scaled(self, scale: Sequence[float]) -> "MatchedSides":
@@ -83,9 +83,7 @@ def match_sides(truth: COCO, detections: Sequence[dict], iou: float = 0.5) -> Ma
         raise UserError(
             "these detections have no pred_boxes_std: only detectors whose boxes are C-BBL's do"
         )
-    images = sorted(truth.getImgIds())
-    groups = image_groups(truth, images)
-    group_of = {images[i]: g for g, positions in enumerate(groups) for i in positions}
+    first = _first_half(truth, sorted(truth.getImgIds()))
     matches = _match(truth, detections, iou) if detections else []
     found = [detections[i] for i, _ in matches]
     boxes = _corners([d["bbox"] for d in found])
@@ -99,7 +97,7 @@ def match_sides(truth: COCO, detections: Sequence[dict], iou: float = 0.5) -> Ma
         errors=np.where(clipped, np.nan, boxes - true),
         std=np.maximum(std, _LEAST_STD),
         sizes=np.sqrt((true[:, 2:] - true[:, :2]).prod(axis=1)),
-        groups=np.array([group_of[d["image_id"]] for d in found], dtype=int),
+        in_first_half=np.array([d["image_id"] in first for d in found], dtype=bool),
         num_detections=len(detections),
     )
 
@@ -128,29 +126,37 @@ def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
     return np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
 
 
+def _first_half(truth: COCO, images: Sequence[int]) -> set[int]:
+    """
+    Ids of images with about half of the objects. Those of one sequence are in the same half:
+    neighboring frames are no independent samples. It depends on the data set alone, so that all
+    detectors are fitted and judged on the same images.
+    """
+    groups = [[images[i] for i in positions] for positions in image_groups(truth, images)]
+    counts = [len(truth.getAnnIds(imgIds=of_group)) for of_group in groups]
+    first, sums = set(), [0, 0]
+    for g in sorted(range(len(groups)), key=lambda g: -counts[g]):
+        half = int(sums[1] < sums[0])
+        sums[half] += counts[g]
+        if half == 0:
+            first.update(groups[g])
+    return first
+
+
 def halves(matched: MatchedSides) -> tuple[MatchedSides, MatchedSides]:
     """
-    Two parts with about as many detections each, and no sequence in both: neighboring frames are no
-    independent samples.
-
     Raises:
-        UserError: too few detections, or all of one sequence.
+        UserError: too few detections in one of them.
     """
-    names, counts = np.unique(matched.groups, return_counts=True)
-    in_first, sums = set(), [0, 0]
-    for i in np.argsort(-counts, kind="stable"):
-        half = int(sums[1] < sums[0])
-        sums[half] += counts[i]
-        if half == 0:
-            in_first.add(names[i])
-    first = np.isin(matched.groups, list(in_first))
-    if min(sums) < _LEAST_MATCHES:
+    first, second = matched[matched.in_first_half], matched[~matched.in_first_half]
+    if min(len(first), len(second)) < _LEAST_MATCHES:
         raise UserError(
-            f"{len(matched)} of {matched.num_detections} detections match an object, from "
-            f"{len(names)} sequences or images: a calibration needs {_LEAST_MATCHES} in each of "
-            "two halves without a common sequence: take a larger data set or a better detector"
+            f"{len(matched)} of {matched.num_detections} detections match an object, {len(first)} "
+            f"and {len(second)} in two halves of the data set without a common sequence: a "
+            f"calibration needs {_LEAST_MATCHES} in each: take a larger data set or a better "
+            "detector"
         )
-    return matched[first], matched[~first]
+    return first, second
 
 
 def fit_scale(matched: MatchedSides) -> np.ndarray:

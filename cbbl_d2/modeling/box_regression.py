@@ -3,7 +3,7 @@
 from typing import Sequence, Tuple
 
 import torch
-from cbbl_d2.distribution import expectation, gaussian_variance, probabilities
+from cbbl_d2.distribution import expectation, gaussian_variance, probabilities, variance
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import nn
 
@@ -91,9 +91,9 @@ class _GridDecoder:
 
     def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
-        How unsure the head is of each side of the boxes that :meth:`apply_deltas` returns: the
-        variance of the offsets, :func:`cbbl_d2.distribution.gaussian_variance`, carried to the
-        sides, and times the squares of ``std_scale``.
+        Variance of each side of the boxes that :meth:`apply_deltas` returns: that of the predicted
+        distributions, carried to the sides. It holds the variance that a two-hot code has between
+        two grid points far apart.
 
         Args:
             logits: shape ``(R, 4 * G)``.
@@ -102,9 +102,18 @@ class _GridDecoder:
         Returns:
             Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
         """
+        offsets = variance(self._distributions(logits), self.grid_like(logits))
+        return self._to_sides(offsets, logits, boxes)
+
+    def side_deviations(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """
+        How unsure the head is of each side: as the square root of :meth:`side_variances` without
+        what the code adds, see :func:`cbbl_d2.distribution.gaussian_variance`, times
+        ``std_scale``. Pixels.
+        """
         offsets = gaussian_variance(self._distributions(logits), self.grid_like(logits))
-        sides = self._to_sides(offsets, logits, boxes)
-        return sides * sides.new_tensor(self._std_scale) ** 2
+        sides = self._to_sides(offsets, logits, boxes).sqrt()
+        return sides * sides.new_tensor(self._std_scale)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """From logits of shape ``(R, 4 * G)`` to the distributions ``(R, 4, G)``, float32."""
@@ -151,7 +160,7 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         Args:
             weights: as in ``Box2BoxTransform``: multiply the offsets before they meet the grid.
             grid: shape ``(G,)``, see :func:`cbbl_d2.distribution.exponential_grid`.
-            std_scale: calibrates :meth:`side_variances`, for x1, y1, x2, y2.
+            std_scale: calibrates :meth:`side_deviations`, for x1, y1, x2, y2.
             kwargs: passed to ``Box2BoxTransform`` (``scale_clamp``).
         """
         super().__init__(weights=weights, **kwargs)

@@ -54,6 +54,10 @@ def voting_variances(variances: torch.Tensor, source_boxes: torch.Tensor) -> tor
     The variances with which :func:`variance_voting` weighs. A side that is sure to a hundredth of
     the proposal's or anchor's size is sure enough: no candidate has all the votes.
 
+    They are ``side_variances``, with the part that the code of a coarse grid has in them: it grows
+    with the distance from the proposal, and trust in near proposals was measured to be worth half
+    of what variances gain, see docs/uncertainty.md.
+
     Args:
         variances: of the sides, shape ``(M, 4)``, square pixels.
         source_boxes: what the candidates were decoded from, shape ``(M, 4)``, XYXY.

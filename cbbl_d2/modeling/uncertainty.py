@@ -38,7 +38,7 @@ def set_uncertainty(
     boxes.clip(result.image_size)  # as they will be
     boxes = boxes.tensor
     sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
-    result.pred_boxes_std = transform.side_variances(logits, source_boxes).sqrt() / sizes
+    result.pred_boxes_std = transform.side_deviations(logits, source_boxes) / sizes
     if keeps_distributions:
         height, width = result.image_size
         coordinates = transform.coordinates(source_boxes)

@@ -11,7 +11,7 @@ from cbbl_d2.evaluation.calibration_plot import plot_calibration
 from pycocotools.coco import COCO
 
 
-def drawn(num=20000, scale=(1.0, 1.0, 1.0, 1.0), seed=0, groups=10):
+def drawn(num=20000, scale=(1.0, 1.0, 1.0, 1.0), seed=0):
     """Gaussian errors of ``scale`` times the deviations that are told."""
     rng = np.random.default_rng(seed)
     std = rng.uniform(0.3, 5, (num, 4))
@@ -19,7 +19,7 @@ def drawn(num=20000, scale=(1.0, 1.0, 1.0, 1.0), seed=0, groups=10):
         errors=rng.normal(size=(num, 4)) * std * scale,
         std=std,
         sizes=rng.uniform(4, 60, num),
-        groups=rng.integers(groups, size=num),
+        in_first_half=np.arange(num) < num // 2,
         num_detections=2 * num,
     )
 
@@ -57,7 +57,7 @@ def test_likelihood_by_hand():
 def test_rank_correlation():
     matched = drawn(2000)
     ordered = MatchedSides(
-        matched.std**3, matched.std, matched.sizes, matched.groups, matched.num_detections
+        matched.std**3, matched.std, matched.sizes, matched.in_first_half, matched.num_detections
     )
     assert calibration.spearman(ordered) == pytest.approx([1] * 4)
     unrelated = MatchedSides(
@@ -69,14 +69,7 @@ def test_rank_correlation():
     assert calibration._rank_correlation(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
-def test_halves_share_no_sequence():
-    matched = drawn(3000, groups=7)
-    first, second = calibration.halves(matched)
-    assert not set(first.groups) & set(second.groups)
-    assert len(first) + len(second) == 3000
-    assert abs(len(first) - len(second)) < 1000
-    with pytest.raises(UserError, match="from 1 sequences or images"):
-        calibration.halves(drawn(3000, groups=1))
+def test_too_few_in_a_half():
     with pytest.raises(UserError, match="^60 of 120 detections match"):
         calibration.halves(drawn(60))
 
@@ -143,18 +136,25 @@ def test_what_matches():
     # Relative to the width and height of the detection.
     assert matched.std == pytest.approx(np.array([[2, 1.2, 4, 2.4], [1, 0.9, 2, 1.8]]))
     assert matched.sizes == pytest.approx([math.sqrt(200), 10])
-    assert matched.groups.tolist() == [0, 1]
     # Where the best one is too far off, the next may have the object.
     assert (calibration.match_sides(truth, found, iou=0.85).errors[0] == 0).all()
 
 
-def test_images_of_one_sequence_belong_together():
-    truth = coco(
-        [(1, 3, [10, 10, 20, 10], 0), (2, 3, [10, 10, 20, 10], 0), (3, 3, [10, 10, 20, 10], 0)],
-        images=((1, "a"), (2, "b"), (3, "a")),
-    )
-    found = [detection(i, 3, [10, 10, 20, 10]) for i in (1, 2, 3)]
-    assert calibration.match_sides(truth, found).groups.tolist() == [0, 1, 0]
+def test_halves_share_no_sequence_and_depend_on_the_data_set_alone():
+    images = [(i, f"sequence {i % 7}") for i in range(1, 141)]
+    truth = coco([(i, 3, [10, 10, 20, 10], 0) for i, _ in images for _ in range(2)], images)
+    found = [detection(i, 3, [10, 10, 20, 10]) for i, _ in images]
+    parts = calibration.halves(calibration.match_sides(truth, found))
+    assert [len(part) for part in parts] == [80, 60]
+    halves = []
+    for chosen in (found, found[::3]):
+        matched = calibration.match_sides(truth, chosen)
+        of_image = {d["image_id"]: h for d, h in zip(chosen, matched.in_first_half)}
+        halves.append(of_image)
+        of_sequence = {}
+        for image, half in of_image.items():
+            assert of_sequence.setdefault(dict(images)[image], half) == half
+    assert halves[1].items() <= halves[0].items()
 
 
 def test_nothing_found_and_no_deviations():

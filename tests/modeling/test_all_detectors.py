@@ -158,17 +158,17 @@ def test_the_deviation_is_that_of_the_distributions_of_the_same_box(name, monkey
     with torch.no_grad():
         (result,) = model([x])
     monkeypatch.undo()
-    sources = {}  # decoded box -> variances of its sides
+    sources = {}  # decoded box -> deviations of its sides
     for transform, logits, boxes, found in decoded:
         if found.shape[1] == 4:
-            variances = transform.side_variances(logits, boxes)
-            sources.update(zip(map(tuple, found.tolist()), variances))
+            deviations = transform.side_deviations(logits, boxes)
+            sources.update(zip(map(tuple, found.tolist()), deviations))
     compared = 0
     instances = result["instances"]
     for box, std in zip(instances.pred_boxes.tensor.tolist(), instances.pred_boxes_std):
         if tuple(box) in sources:  # not clipped
             size = torch.tensor([box[2] - box[0], box[3] - box[1]]).repeat(2)
-            assert torch.allclose(std, sources[tuple(box)].sqrt() / size, rtol=1e-4)
+            assert torch.allclose(std, sources[tuple(box)] / size, rtol=1e-4)
             compared += 1
     assert compared > 3
 
@@ -191,7 +191,7 @@ def test_the_deviation_is_that_of_boxes_whose_offsets_were_drawn(name):
         code.scatter_add_(2, left[..., None] + 1, right[..., None])
         logits = code.mean(dim=0).log().reshape(1, -1)
         box = torch.tensor([[40.0, 40, 72, 72]])  # an anchor of FCOS is square
-        found = transform.side_variances(logits, box).sqrt()
+        found = transform.side_deviations(logits, box)
         base = Box2BoxTransformLinear() if one_sided else Box2BoxTransform(transform.weights)
         drawn = base.apply_deltas(offsets, box.repeat(20000, 1))
         assert torch.allclose(found, drawn.std(dim=0)[None], rtol=0.05)
