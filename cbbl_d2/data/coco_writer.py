@@ -61,22 +61,34 @@ class CocoWriter:
         annotations.append({**ids, **fields})
 
     def add_object(
-        self, image_id: int | str, category_id: int, box: Sequence[float], ignore: bool = False
+        self,
+        image_id: int | str,
+        category_id: int,
+        box: Sequence[float],
+        ignore: bool = False,
+        **fields,
     ) -> None:
         """
         Args:
             box: x, y, width, height in pixels.
             ignore: not an object, and a detection of this class that lies in the box counts neither
                 for nor against: ``"iscrowd": 1``. Detectron2 leaves such boxes out of training.
+            fields: more of its entry.
         """
+        area = box[2] * box[3]
         self.add_annotation(
-            image_id, category_id, bbox=list(box), area=box[2] * box[3], iscrowd=int(ignore)
+            image_id, category_id, bbox=list(box), area=area, iscrowd=int(ignore), **fields
         )
 
     def add_ignored(self, image_id: int | str, box: Sequence[float]) -> None:
         """A box to ignore for every class: COCO's metric looks at one class at a time."""
         for category in self._content["categories"]:
             self.add_object(image_id, category["id"], box, ignore=True)
+
+    @property
+    def content(self) -> dict:
+        """What is to be written."""
+        return self._content
 
     @property
     def num_images(self) -> int:

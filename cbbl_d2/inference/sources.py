@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 
 from cbbl_d2.data.dataset_checks import load_dataset
+from cbbl_d2.data.image_files import IMAGE_TYPES
 from cbbl_d2.errors import UserError
 from detectron2.data import MetadataCatalog
 
 from .names import relative_names
 
-IMAGE_TYPES = tuple(".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split())
 VIDEO_TYPES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,32 @@ def hit_uav(tmp_path):
         path = root / "normal_json" / "annotations" / f"{split}.json"
         path.write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    """Two images and a box."""
+    root = tmp_path / "my"
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for name in "ab":
+        Image.new("RGB", (64, 48)).save(root / "images" / f"{name}.jpg")
+    (root / "labels" / "a.txt").write_text("0 .5 .5 .25 .25\n")
+    (root / "classes.txt").write_text("ship\n")
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """An image and a box."""
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / "voc" / folder).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / "voc" / "JPEGImages" / "a.jpg")
+    (tmp_path / "voc" / "Annotations" / "a.xml").write_text(
+        "<annotation><object><name>ship</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax>"
+        "<ymax>9</ymax></bndbox></object></annotation>"
+    )
+    return tmp_path / "voc"
 
 
 def failure(main, capsys, *arguments):
@@ -99,6 +126,38 @@ def test_hit_uav_needs_all_splits(main, hit_uav, capsys):
     assert "val.json: no such annotation file" in error and not (hit_uav / "coco").exists()
 
 
+def check(capsys):
+    """Run ``tools/check_dataset.py`` on what the last line of a conversion says."""
+    path = Path(__file__).parents[2] / "tools" / "check_dataset.py"
+    entry = capsys.readouterr().out.rpartition("DATASETS.COCO_FORMAT: ")[2]
+    (name, json_file, images) = json.loads(entry.splitlines()[0])[0]
+    output = str(Path(images) / f"{name}.png")
+    arguments = ["--json", json_file, "--images", images, "--output", output]
+    runpy.run_path(str(path))["main"](arguments)
+    return capsys.readouterr().out
+
+
+def test_yolo_passes_the_check(main, yolo, capsys):
+    assert main(["yolo", "--root", str(yolo)]) == 0
+    assert "2 images (64x48), 1 box of 1 class" in check(capsys)
+
+
+def test_voc_passes_the_check(main, voc, capsys):
+    for coordinates, width in (("pixels", 9), ("corners", 8)):
+        assert main(["voc", "--root", str(voc), "--coordinates", coordinates]) == 0
+        coco = json.loads((voc / "coco" / "instances_all.json").read_text())
+        assert coco["annotations"][0]["bbox"][2] == width
+        assert "1 image (64x48), 1 box of 1 class" in check(capsys)
+
+
+def test_errors_of_labels_are_one_line(main, yolo, voc, capsys, tmp_path):
+    (yolo / "labels" / "b.txt").write_text("0 10 10 5 5\n")
+    error = failure(main, capsys, "yolo", "--root", str(yolo))
+    assert f"{yolo / 'labels' / 'b.txt'}, line 1: '0 10 10 5 5'" in error
+    assert "has no split val" in failure(main, capsys, "voc", "--root", str(voc), "--split", "val")
+    assert "no such folder" in failure(main, capsys, "voc", "--root", str(tmp_path / "none"))
+
+
 def test_errors_are_one_line(main, visdrone, capsys, tmp_path):
     bad = visdrone / "VisDrone2019-DET-val" / "annotations" / "1.txt"
     bad.write_text("1,2,3\n")
@@ -122,6 +181,9 @@ def test_errors_are_one_line(main, visdrone, capsys, tmp_path):
         ["tinyperson", "--images", "test", "--split", "train", "test"],
         ["hituav", "--split", "train"],  # its own split needs them all
         ["aitod", "--half"],
+        ["yolo"],
+        ["yolo", "--root", "my", "--data", "data.yaml", "--classes", "classes.txt"],
+        ["voc", "--root", "my", "--coordinates", "zero"],
     ],
 )
 def test_wrong_words_are_refused(main, arguments, capsys):
