@@ -66,7 +66,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     log_cfg = cfg.clone()
     log_cfg.defrost()
     log_cfg.OUTPUT_DIR = log_dir
-    start_log(log_cfg, args, log_dir)
+    start_log(log_cfg, args, log_dir, cfg.MODEL.DEVICE)
     classes = describe_classes(cfg)
     if classes:
         logging.getLogger("cbbl_d2").info(classes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pycocotools.coco
 import torch
+from cbbl_d2.devices import device_kind
 from detectron2.engine import DefaultTrainer, defaults
 from detectron2.layers import get_norm
 from detectron2.structures import Boxes, Instances
@@ -117,7 +118,7 @@ def default_trainer_parts(checkpointer: type, device: str) -> Iterator[None]:
     """
     before = defaults.DetectionCheckpointer, defaults.create_ddp_model
     defaults.DetectionCheckpointer = checkpointer
-    if device == "cpu":
+    if device_kind(device) == "cpu":
         defaults.create_ddp_model = functools.partial(before[1], device_ids=None)
     try:
         yield

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "cbbl_d2"
 # From the bottom up; what stands in one line does not know each other.
 LAYERS = (
     ("errors", "messages"),
-    ("files", "plain_pickle", "value_checks", "yaml_checks", "distribution"),
+    ("devices", "files", "plain_pickle", "value_checks", "yaml_checks", "distribution"),
     ("config",),
     ("compat", "architectures"),
     ("modeling", "evaluation.rules"),

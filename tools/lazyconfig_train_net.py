@@ -15,6 +15,7 @@ import argparse
 from typing import Any
 
 import torch
+from cbbl_d2.devices import device_kind, usable_device
 from cbbl_d2.engine import CBBLCheckpointer, launch, one_line_errors, start_log
 from cbbl_d2.errors import UserError
 from detectron2.config import LazyConfig, get_cfg, instantiate
@@ -36,7 +37,7 @@ def build_model(cfg: DictConfig) -> torch.nn.Module:
     """On its device; with several processes, parallel."""
     model = instantiate(cfg.model).to(cfg.train.device)
     # torch takes no GPU ids for a model on the CPU.
-    on_cpu = {"device_ids": None} if cfg.train.device == "cpu" else {}
+    on_cpu = {"device_ids": None} if device_kind(cfg.train.device) == "cpu" else {}
     return create_ddp_model(model, **cfg.train.get("ddp", {}), **on_cpu)
 
 
@@ -98,9 +99,14 @@ def do_evaluate(cfg: DictConfig, resume: bool) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    if not torch.cuda.is_available():
-        cfg.train.device = "cpu"
-    start_log(cfg, args, cfg.train.output_dir)
+    is_asked_for = any(word.startswith("train.device=") for word in args.opts)
+    cfg.train.device = usable_device(cfg.train.device, "train.device", fall_back=not is_asked_for)
+    if cfg.train.amp.enabled and not args.eval_only and device_kind(cfg.train.device) != "cuda":
+        raise UserError(
+            "train.amp.enabled=true: Detectron2's mixed precision training needs a CUDA GPU: set "
+            "train.amp.enabled=false"
+        )
+    start_log(cfg, args, cfg.train.output_dir, cfg.train.device)
     (do_evaluate if args.eval_only else do_train)(cfg, args.resume)
 
 

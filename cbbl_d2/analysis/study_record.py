@@ -35,6 +35,7 @@ import detectron2
 import numpy as np
 import torch
 import yaml
+from cbbl_d2.devices import device_title
 from cbbl_d2.engine import load_config
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.bootstrap import bootstrap_ap
@@ -206,7 +207,7 @@ class StudyRecords:
             "commit": commit(),
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
             f"detectron2 {detectron2.__version__}",
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+            "device": device_title(device),
             "threads": str(threads),
             "s/iteration": f"{results.get('time', math.nan):.3f}",
         }

@@ -12,9 +12,9 @@ import re
 import sys
 from typing import Callable, List, Optional
 
-import torch
 import yaml
 from cbbl_d2.config import add_cbbl_config
+from cbbl_d2.devices import usable_device
 from cbbl_d2.errors import ConfigError, UserError
 from cbbl_d2.yaml_checks import check_yaml
 from detectron2.config import CfgNode, get_cfg
@@ -57,14 +57,15 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     """
     Detectron2's defaults, the keys of this project, a YAML file and ``KEY VALUE`` overrides, in
     this order. The file is read with the safe YAML loader: a config cannot run code. Where torch
-    finds no GPU, ``MODEL.DEVICE`` becomes "cpu".
+    finds no GPU, a ``MODEL.DEVICE`` "cuda" of the file or the defaults becomes "cpu".
 
     Args:
         config_file: path of the YAML file, or "" for the defaults alone.
         opts: ``[key, value, key, value, ...]`` as from the command line.
 
     Raises:
-        ConfigError: no such file, malformed YAML, unknown key or a value of the wrong type.
+        ConfigError: no such file, malformed YAML, unknown key, a value of the wrong type, or a
+            device that this machine has not.
     """
     cfg = get_cfg()
     add_cbbl_config(cfg)
@@ -101,14 +102,9 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     unset = sorted(set(_keys(cfg, only_none=True)) - set(_keys(get_cfg(), only_none=True)))
     if unset:
         raise ConfigError(f"{config_file or 'command line'}: {unset[0]} has no value: give it one")
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as e:
-        raise ConfigError(
-            f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}: must be a device such as cuda, cuda:1 or cpu"
-        ) from e
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    # A config, which may have been written on another machine, falls back; a command line is meant.
+    is_asked_for = "MODEL.DEVICE" in (opts or ())[::2]
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE, "MODEL.DEVICE", fall_back=not is_asked_for)
     return cfg
 
 

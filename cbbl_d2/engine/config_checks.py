@@ -4,6 +4,7 @@ import difflib
 
 import torch
 from cbbl_d2.architectures import anchor_node
+from cbbl_d2.devices import device_kind
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.messages import listed
 from cbbl_d2.value_checks import check_values
@@ -31,18 +32,35 @@ def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = 
     # Detectron2 would take some values without a word, such as a negative weight of a loss.
     check_values(cfg, ALWAYS if eval_only else {**ALWAYS, **IN_TRAINING})
     _check_test_time_augmentation(cfg)
-    if num_processes > 1 and cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():
+    device = device_kind(cfg.MODEL.DEVICE)
+    if num_processes > 1:
+        _check_device_of_processes(cfg.MODEL.DEVICE, device, num_processes)
+    if eval_only:
+        return
+    _check_batch_size(cfg, num_processes)
+    if cfg.SOLVER.AMP.ENABLED and (device != "cuda" or not torch.cuda.is_available()):
+        where = "the CPU" if device in ("cpu", "cuda") else device
+        raise ConfigError(
+            "SOLVER.AMP.ENABLED = True: Detectron2's mixed precision training needs a CUDA GPU, "
+            f"and this run is on {where}: set SOLVER.AMP.ENABLED False"
+        )
+
+
+def _check_device_of_processes(name: str, device: str, num_processes: int) -> None:
+    if device == "cpu" and torch.cuda.is_available():
         raise ConfigError(
             f"MODEL.DEVICE = cpu: {num_processes} processes of a machine with GPUs talk over them; "
             "use MODEL.DEVICE cuda, or hide the GPUs: CUDA_VISIBLE_DEVICES= python ..."
         )
-    if eval_only:
-        return
-    _check_batch_size(cfg, num_processes)
-    if cfg.SOLVER.AMP.ENABLED and (cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()):
+    if device == "cuda" and ":" in name:
         raise ConfigError(
-            "SOLVER.AMP.ENABLED = True: Detectron2's mixed precision training needs a CUDA GPU, "
-            "and this run is on the CPU: set SOLVER.AMP.ENABLED False"
+            f"MODEL.DEVICE = {name}: each of {num_processes} processes has a GPU of its own: use "
+            "MODEL.DEVICE cuda, and choose the GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"MODEL.DEVICE = {name}: Detectron2 starts several processes on CUDA GPUs or on the "
+            "CPU alone: leave --num-gpus and --num-machines out"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 import torch
 from cbbl_d2.compat import needs_gpu_to_launch
+from cbbl_d2.devices import accelerator, device_kind
 from cbbl_d2.errors import Stopped, UserError
 from cbbl_d2.messages import count
 from detectron2.engine import default_setup
@@ -100,7 +101,7 @@ def launch(
             signal.signal(number, handler)
 
 
-def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
+def start_log(cfg, args: argparse.Namespace, log_dir: str, device: str) -> None:
     """
     Detectron2's ``default_setup``, the log of this project beside its own, and a line that says so
     where there is no GPU.
@@ -108,10 +109,11 @@ def start_log(cfg, args: argparse.Namespace, log_dir: str) -> None:
     Args:
         cfg: YAML or Lazy config.
         log_dir: folder of the log, the same as in ``cfg``.
+        device: that the model runs on.
     """
     default_setup(cfg, args)
     logger = setup_logger(log_dir, distributed_rank=comm.get_rank(), name="cbbl_d2")
-    if not torch.cuda.is_available():
+    if device_kind(device) == "cpu" and accelerator() is None:
         processes = count(comm.get_world_size(), "process", "processes")
         logger.info(f"No GPU found: running on the CPU in {processes}.")
 

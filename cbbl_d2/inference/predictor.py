@@ -50,17 +50,19 @@ class BatchPredictor:
             given, with every field that the model makes.
 
         Raises:
-            UserError: the model finds no objects, or there is not enough memory on the GPU.
+            UserError: the model finds no objects, or there is not enough memory on the device.
         """
         if not len(images):
             return []
         try:
             outputs = self.model([self._input(image) for image in images])
-        except torch.cuda.OutOfMemoryError as e:
+        except RuntimeError as e:  # Apple's GPUs have no error of their own for it
+            if "out of memory" not in str(e):
+                raise
             height, width = images[0].shape[:2]
             raise UserError(
-                f"the GPU has too little memory for {len(images)} images of {width} x {height}: "
-                "lower --batch-size or INPUT.MAX_SIZE_TEST, or use --slice"
+                f"{self.device} has too little memory for {len(images)} images of {width} x "
+                f"{height}: lower --batch-size or INPUT.MAX_SIZE_TEST, or use --slice"
             ) from e
         if "instances" not in outputs[0]:
             raise UserError(

@@ -362,9 +362,11 @@ def _stages(model: nn.Module) -> Dict[str, Tuple[str, int]]:
         block = ".".join(name.split(".")[:2])
         blocks.pop(block, None)  # a block stands where its last node does
         blocks[block] = block
+    device = next(model.parameters()).device
+    image = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE, device=device)
     try:
         with torch.no_grad():
-            outputs = _extractor(model, blocks).eval()(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+            outputs = _extractor(model, blocks).eval()(image)
     except (AssertionError, RuntimeError, ValueError):  # such as a ViT, for one size of images
         return {}
     modules = dict(model.named_modules())

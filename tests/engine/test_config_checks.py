@@ -63,6 +63,18 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus(tiny_cfg, monkeypatch):
         check_engine_config(tiny_cfg, 2)
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "xpu"])
+def test_devices_of_one_process(tiny_cfg, device):
+    tiny_cfg.MODEL.DEVICE = device
+    check_engine_config(tiny_cfg, 1)
+    with pytest.raises(ConfigError, match=f"MODEL.DEVICE = {device}: .*processes"):
+        check_engine_config(tiny_cfg, 2)
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    where = "the CPU" if device == "cuda:1" else device  # there is no GPU
+    with pytest.raises(ConfigError, match=f"needs a CUDA GPU, and this run is on {where}: set"):
+        check_engine_config(tiny_cfg, 1)
+
+
 @pytest.mark.parametrize(
     "key, value, near",
     [

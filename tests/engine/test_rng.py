@@ -1,7 +1,9 @@
 import random
+import types
 
 import numpy as np
 import torch
+from cbbl_d2.engine import rng
 from cbbl_d2.engine.rng import preserve_rng, rng_state, set_rng_state
 
 
@@ -26,3 +28,21 @@ def test_preserve():
         draw()
         draw()
     assert draw() == expected
+
+
+def test_the_generators_of_an_accelerator_belong_to_the_state(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    module = types.SimpleNamespace(
+        get_rng_state=generator.get_state, set_rng_state=generator.set_state
+    )
+    before = rng_state()  # of a machine without
+    monkeypatch.setattr(torch, "xpu", module)
+    monkeypatch.setattr(rng, "accelerator", lambda: "xpu")
+    with preserve_rng():
+        drawn = torch.rand(1, generator=generator)
+    set_rng_state(before)
+    assert torch.rand(1, generator=generator) == drawn
+
+
+def test_the_state_of_an_earlier_version():
+    set_rng_state({**rng_state(), "cuda": []})

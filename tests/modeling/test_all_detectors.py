@@ -9,6 +9,8 @@ from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.modeling import LocalizationLoss, keep_distributions
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .detectors import DETECTORS, batch, build, localization_layers, set_score_threshold
 
@@ -39,6 +41,29 @@ def test_training_step(name, num_objects):
     for prefix in DETECTORS[name].prefixes:
         for scalar in ("clipped_fraction", "entropy_gap", "offset_l1"):
             assert (f"{prefix}/{scalar}" in scalars) == any(num_objects)
+
+
+class NoDoubles(TorchDispatchMode):
+    """As on Apple's GPUs, which have no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), func
+        return results
+
+
+def test_no_float64(name):
+    with pytest.raises(AssertionError), NoDoubles():
+        torch.zeros(1, dtype=torch.float64)
+    model, inputs = build(name), batch(3, 0)
+    set_score_threshold(model, 0.0)
+    with NoDoubles():
+        losses, _ = train(model, inputs)
+        sum(losses.values()).backward()
+        with torch.no_grad():
+            (found, _) = model.eval()([{"image": x["image"]} for x in inputs])
+    assert len(found["instances"]) > 0
 
 
 def test_names_of_the_losses(name):

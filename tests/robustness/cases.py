@@ -140,7 +140,7 @@ VALUES = {
     "DATALOADER.SAMPLER_TRAIN": ("Some",),
     "INPUT.FORMAT": ("HSV",),
     "INPUT.MIN_SIZE_TRAIN": ("()", "(-5,)"),
-    "MODEL.DEVICE": ("gpu", "cuda:many"),
+    "MODEL.DEVICE": ("gpu", "cuda:many", "meta"),
     "MODEL.RESNETS.DEPTH": ("17",),
     "MODEL.RESNETS.NORM": ("XN",),
     "MODEL.BACKBONE.NAME": ("build_nothing",),
