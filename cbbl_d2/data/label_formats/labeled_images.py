@@ -24,6 +24,7 @@ __all__ = [
     "LabeledImage",
     "LabeledObject",
     "check_class_list",
+    "check_some_labels",
     "choose_splits",
     "folders_of_splits",
     "open_image",
@@ -88,6 +89,22 @@ def refuse(problems: Sequence[str], what: str) -> None:
     if problems:
         more = f" ({len(problems)} {what} in all that cannot be used)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
+
+
+def check_some_labels(images: Sequence[LabeledImage], split: str, first: str) -> None:
+    """
+    Args:
+        first: where the labels of the first image should be.
+
+    Raises:
+        UserError: no image has a label file.
+    """
+    if all(image.notes[NO_LABEL_FILE] for image in images):
+        raise UserError(
+            f"{split}: none of the {count(len(images), 'image', 'images')} has a label file, the "
+            f"first should be {first}: put the labels there (or choose the other splits with "
+            "--split)"
+        )
 
 
 def read_lines(path: str) -> list[str]:

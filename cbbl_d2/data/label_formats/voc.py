@@ -38,6 +38,7 @@ from .labeled_images import (
     NO_SIZE,
     LabeledImage,
     LabeledObject,
+    check_some_labels,
     choose_splits,
     folders_of_splits,
     open_image,
@@ -136,8 +137,9 @@ def convert_voc(
 
 def _find_splits(root: str, images: str | None, annotations: str | None) -> dict[str, _Split]:
     lists = os.path.join(root, _LISTS)
-    folders = {} if images or annotations or os.path.isdir(lists) else folders_of_splits(root)
-    if folders:
+    usual = [os.path.join(root, name) for name in (_LISTS, "Annotations", "annotations")]
+    folders = folders_of_splits(root)
+    if folders and not images and not annotations and not any(map(os.path.isdir, usual)):
         return {name: _Split(folder, folder) for name, folder in folders.items()}
     images = images or first_existing(root, ("JPEGImages", "images", "."), "images")
     annotations = annotations or first_existing(root, ("Annotations", "annotations", "."), "XML")
@@ -220,7 +222,8 @@ def read_voc_file(path: str) -> VocFile:
 def _class_names(files: Sequence[VocFile]) -> list[str]:
     names = sorted({x.name for file in files for x in file.objects})
     if not names:
-        raise UserError(f"no object in any of {count(len(files), 'XML file', 'XML files')}")
+        number = count(len(files), "XML file", "XML files")
+        raise UserError(f"no object in any of {number}: give their folder as --annotations")
     return names
 
 
@@ -268,6 +271,7 @@ def _read_split(
     refuse(problems, "files")
     if not images:
         raise UserError(f"{split.list_file or split.images}: no images: is it the right one?")
+    check_some_labels(images, name, os.path.join(split.annotations, f"{keys[0]}.xml"))
     return images
 
 
@@ -278,8 +282,11 @@ class _Images:
         self.folder = folder
         self.all = find_images(folder)
         self._of_stem = collections.defaultdict(list)
+        self._of_name = collections.defaultdict(list)
         for path in self.all:
-            self._of_stem[os.path.relpath(os.path.splitext(path)[0], folder)].append(path)
+            stem = os.path.relpath(os.path.splitext(path)[0], folder)
+            self._of_stem[stem].append(path)
+            self._of_name[os.path.basename(stem)].append(path)
 
     def find(self, stem: str, name: str) -> str | None:
         """
@@ -287,7 +294,8 @@ class _Images:
             stem: of the XML file, relative to its folder.
             name: that it says; LabelImg leaves an old one there when files are renamed.
         """
-        found = self._of_stem.get(stem, [])
+        # Images may be in subfolders where the XML files are not.
+        found = self._of_stem.get(stem) or self._of_name.get(os.path.basename(stem), [])
         named = os.path.join(self.folder, os.path.dirname(stem), name)
         if len(found) == 1:
             return found[0]

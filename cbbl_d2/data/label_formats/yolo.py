@@ -36,6 +36,7 @@ from .labeled_images import (
     LabeledImage,
     LabeledObject,
     check_class_list,
+    check_some_labels,
     choose_splits,
     folders_of_splits,
     open_image,
@@ -163,7 +164,7 @@ def _num_keypoint_values(content: dict, path: str) -> int:
     if _is_nothing(shape):
         return 0
     try:
-        number, dimensions = map(int, shape)
+        number, dimensions = map(int, shape if isinstance(shape, list) else ())
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: kpt_shape {shape} must be [number of keypoints, 2 or 3]") from e
     return number * dimensions
@@ -262,12 +263,7 @@ def _read_split(files: Sequence[str], split: str, parse: Callable) -> list[Label
             if parsed:
                 _add(image, *parsed)
     refuse(problems, "images and lines")
-    if all(image.notes[NO_LABEL_FILE] for image in images):
-        raise UserError(
-            f"{split}: none of the {count(len(images), 'image', 'images')} has a label file, the "
-            f"first should be {next(iter(image_of))}: put the labels there (or choose the other "
-            "splits with --split)"
-        )
+    check_some_labels(images, split, next(iter(image_of)))
     images[0].notes["label files without an image"] += _labels_without_image(label_file_of)
     return images
 

@@ -173,6 +173,11 @@ def test_the_folders_of_roboflow_and_kaggle(root, tmp_path):
     xml(other / "annotations" / "2" / "a.xml", thing(2, 2, 9, 9))
     convert_voc(str(other))
     assert boxes(read(other)) == [[1, 1, 8, 8], [2, 2, 7, 7]]
+    image(other / "images" / "3" / "b.jpg")
+    xml(other / "annotations" / "b.xml", thing(3, 3, 9, 9))
+    (other / "train").mkdir()  # is none of the splits: there are annotations
+    convert_voc(str(other))
+    assert boxes(read(other)) == [[1, 1, 8, 8], [2, 2, 7, 7], [3, 3, 6, 6]]
     convert_voc(str(other), images="images/2", annotations="annotations/2")
     assert boxes(read(other)) == [[2, 2, 7, 7]]
 
@@ -256,6 +261,9 @@ def test_images_and_files_that_are_missing(root):
     assert "train.txt: the image b is not in" in text and "(2 files in all" in text
     (lists / "train.txt").write_text("\n")
     assert "train.txt: no images" in error(root)
+    image(root / "JPEGImages" / "b.jpg")
+    (lists / "train.txt").write_text("b\n")
+    assert "train: none of the 1 image has a label file, the first should be" in error(root)
     assert "has no split test; --split can be train" in error(root, splits=["test"])
     assert "none: no such folder" in error(root, images="none")
     (root / "JPEGImages" / "a.jpg").write_text("no image")

@@ -241,7 +241,7 @@ def test_two_images_of_one_label_file(root):
         ("train: images\nnames: {0: x, 0: y}\n", "stands in line"),
         ("train: images\nnames: [[x], y]\n", "names must be a list"),
         ("train: images\nnc: 3\nnames: [x, y]\n", "nc is 3, but names has 2"),
-        ("train: images\nkpt_shape: 3\nnames: [x, y]\n", "kpt_shape"),
+        ("train: images\nkpt_shape: 17\nnames: [x, y]\n", "kpt_shape"),
         ("train: {a: b}\nnames: [x, y]\n", "train must be text or a list"),
         ("path: [a]\ntrain: images\nnames: [x, y]\n", "path must be text"),
         ("train: [[images]]\nnames: [x, y]\n", "train must be text or a list"),
