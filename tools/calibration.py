@@ -80,6 +80,10 @@ def tables(versions: dict[str, MatchedSides]) -> str:
     """
     summaries = [calibration.summary(x) for x in versions.values()]
     rows = [[key, *(f"{s[key]:.3f}" for s in summaries)] for key in summaries[0]]
+    means = [calibration.mean_errors(x) for x in versions.values()]
+    rows += [
+        [f"mean error [px], {s}", *(f"{m[i]:.2f}" for m in means)] for i, s in enumerate(SIDES)
+    ]
     ranks = [calibration.spearman(x) for x in versions.values()]
     rows += [[f"Spearman, {s}", *(f"{r[i]:.3f}" for r in ranks)] for i, s in enumerate(SIDES)]
     text = markdown_table(["all sizes", *versions], rows) + "\n"
@@ -97,7 +101,13 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logger(name="cbbl_d2")
     cfg = load_inference_config(args.weights, args.config_file, args.opts, None, args.dataset)
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False  # boxes are all that is looked at
     cfg.freeze()
+    if args.dataset in cfg.DATASETS.TRAIN:
+        print(
+            f"{args.dataset} is in DATASETS.TRAIN: on the images that it was trained on a detector "
+            "has smaller errors; the scale would be too small"
+        )
     folder = args.output or os.path.join(os.path.dirname(args.weights), "calibration")
     make_folder(folder, [])
     truth, detections = detect_all(cfg, args.dataset, args.batch_size, folder)

@@ -36,7 +36,7 @@ from cbbl_d2.evaluation.slices import build_prediction_evaluator
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
 from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
 from cbbl_d2.inference.classes import Classes
-from cbbl_d2.inference.explanation import Explanations, Target
+from cbbl_d2.inference.explanation import Explanations, Target, check_targets
 from cbbl_d2.inference.folder import make_folder
 from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.results import ImageResult, Results
@@ -147,6 +147,8 @@ def has_metrics(args: argparse.Namespace) -> bool:
 def setup(args: argparse.Namespace) -> CfgNode:
     if args.slice is None and (args.overlap is not None or args.no_whole_image):
         raise UserError("--overlap and --no-whole-image belong to --slice: give it, too")
+    if args.uncertainty and args.formats and "pictures" not in args.formats:
+        raise UserError("--uncertainty is drawn into pictures: add pictures to --formats")
     if args.slice is not None and args.explain:
         raise UserError("--explain: not with --slice, whose boxes come from many slices")
     threshold = args.confidence_threshold
@@ -197,7 +199,7 @@ def build_explanations(
     if not names:
         raise UserError("--explain: this detector has no distributions: only C-BBL's detectors do")
     folder, style = os.path.join(folder, "explained"), ClassStyle(classes.metadata)
-    return Explanations(folder, args.explain, source.files, names, style)
+    return Explanations(folder, args.explain, source, names, style)
 
 
 # -- what is printed -------------------------------------------------------------------------------
@@ -274,6 +276,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     source = find_source(args.input, args.dataset)
+    check_targets(args.explain, source.spread(args.num_images))
     classes = find_classes(cfg, args.class_names, args.dataset)
     say_class_names(classes)
     folder = args.output or os.path.join(os.path.dirname(args.weights), "predictions")
@@ -287,7 +290,8 @@ def run(args: argparse.Namespace) -> None:
     source = source.spread(args.num_images)
     results, evaluator = Results(), None
     pictures = build_pictures(folder, source, classes, args)
-    formats = args.formats or [x for x in FORMATS if x != "pictures" or not has_metrics(args)]
+    draws = args.uncertainty or not has_metrics(args)
+    formats = args.formats or [x for x in FORMATS if x != "pictures" or draws]
     explanations = None
     if args.explain:
         explanations = build_explanations(folder, source, classes, predictor, args)
@@ -306,18 +310,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"none of the {skipped} files could be read, see the lines above")
     for name, write in (WRITERS[x] for x in formats if x in WRITERS):
         write(os.path.join(folder, name), found, classes)
-    if explanations:
-        explanations.check_all_found()
+    if explanations and explanations.written:
         print(f"Explained: {', '.join(explanations.written)}")
     limit = -1 if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
     say_what_is_found(found, folder, skipped, pictures, limit)
     if evaluator is not None:
         finish_metrics(evaluator, folder, args.dataset, skipped)
-        return
-    if args.dataset is not None:
+    elif args.dataset is not None:
         print(f"{args.dataset}: no AP, which needs all its images: leave out --num-images")
-    if not any(r.detections for r in found):
+    if evaluator is None and not any(r.detections for r in found):
         print(pictures.nothing_found())
+    if explanations:
+        explanations.finish()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import torch
 from .coding import probabilities
 
 _SQRT_2, _SQRT_2_PI = math.sqrt(2), math.sqrt(2 * math.pi)
-# Newton steps, from above: stopping early overstates. Four are exact to 3 % where s is a quarter of
-# the mean's interval or more, mostly to float32; of a smaller s the code of an offset in the middle
-# of its interval says next to nothing.
+# Newton steps, from above. Four are exact to 3 % where s is a quarter of the mean's interval or
+# more, mostly to float32. Where it is less and the mean in the middle of its interval, they end at
+# about a fifth of it: the code of such an offset says next to nothing of s, in float32 nothing.
 _STEPS = 4
 
 
@@ -30,8 +30,9 @@ def gaussian_variance(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     distribution function ``Phi``: the expectation of a piecewise linear function under a Gaussian.
     The right side is increasing and convex in s; Newton's method solves for it.
 
-    A distribution on two neighbors has no more than a mean; s tends to zero there. For one-hot
-    labels :func:`variance` is closer.
+    A distribution on two neighbors has no more than a mean: the result is then up to a fifth of
+    the interval, however small s is. It is a Gaussian's: on an exponential grid a percent of the
+    probability at a far end counts for much. For one-hot labels :func:`variance` is closer.
 
     Args:
         logits: shape ``(..., G)``.

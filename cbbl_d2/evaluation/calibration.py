@@ -149,12 +149,14 @@ def halves(matched: MatchedSides) -> tuple[MatchedSides, MatchedSides]:
         UserError: too few detections in one of them.
     """
     first, second = matched[matched.in_first_half], matched[~matched.in_first_half]
-    if min(len(first), len(second)) < _LEAST_MATCHES:
+    # Of the side that is clipped most often.
+    usable = [int(np.isfinite(x.errors).sum(axis=0).min(initial=len(x))) for x in (first, second)]
+    if min(usable) < _LEAST_MATCHES:
         raise UserError(
-            f"{len(matched)} of {matched.num_detections} detections match an object, {len(first)} "
-            f"and {len(second)} in two halves of the data set without a common sequence: a "
-            f"calibration needs {_LEAST_MATCHES} in each: take a larger data set or a better "
-            "detector"
+            f"{len(matched)} of {matched.num_detections} detections match an object, {usable[0]} "
+            f"and {usable[1]} of them in two halves of the data set without a common sequence and "
+            f"not on the border of the image: a calibration needs {_LEAST_MATCHES} in each: take a "
+            "larger data set or a better detector"
         )
     return first, second
 
@@ -165,7 +167,8 @@ def fit_scale(matched: MatchedSides) -> np.ndarray:
     errors to lie within one. Not what makes the likelihood largest: that is ruled by the few large
     errors of boxes that miss their object.
     """
-    return np.nanquantile(np.abs(matched.errors) / matched.std, ONE_SIGMA, axis=0)
+    scale = np.nanquantile(np.abs(matched.errors) / matched.std, ONE_SIGMA, axis=0)
+    return np.maximum(scale, 1e-6)  # of a detector without errors
 
 
 def coverage(matched: MatchedSides, z: float) -> float:
@@ -184,8 +187,9 @@ def coverage_curve(matched: MatchedSides) -> tuple[np.ndarray, np.ndarray]:
 
 def calibration_error(matched: MatchedSides) -> float:
     """
-    Expected calibration error of a regression (Kuleshov et al., arXiv 1807.00263): the mean over 99
-    levels p of the difference between p and the share of errors in the central interval of level p.
+    Expected calibration error of a regression: the mean over 99 levels p of the absolute difference
+    between p and the share of errors in the central interval of level p. (Kuleshov et al., arXiv
+    1807.00263, have the squared difference and one-sided intervals.)
     """
     expected, observed = coverage_curve(matched)
     return float(np.abs(expected - observed).mean())
@@ -219,6 +223,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def summary(matched: MatchedSides) -> dict[str, float]:
+    """The numbers of the first table."""
     return {
         "coverage of 68 % intervals": coverage(matched, 1.0),
         "coverage of 95 % intervals": coverage(matched, 1.96),
@@ -227,6 +232,12 @@ def summary(matched: MatchedSides) -> dict[str, float]:
         "median deviation [px]": float(np.median(matched.std)) if len(matched) else math.nan,
         "Spearman": float(np.mean(spearman(matched))),
     }
+
+
+def mean_errors(matched: MatchedSides) -> list[float]:
+    """Of each side, pixels: what no deviation accounts for."""
+    errors = [x[np.isfinite(x)] for x in matched.errors.T]
+    return [float(x.mean()) if len(x) else math.nan for x in errors]
 
 
 def size_classes(matched: MatchedSides) -> list[tuple[str, MatchedSides]]:

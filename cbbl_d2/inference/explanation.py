@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 
 from .frames import Frame
 from .names import picture_names
+from .sources import Source
 
 _FIELDS = ("offset_probabilities", "offset_coordinates")
 _MARGIN = 1.0  # around the box, of its longer side
@@ -48,17 +49,14 @@ class Target:
             raise ValueError(text)
         return cls(image, int(index))
 
-    def is_in(self, frame: Frame, path: str) -> bool:
+    def is_in(self, names: Sequence[str], path: str) -> bool:
         """
         Args:
-            path: of the file that the frame is from.
+            names: that the image has.
+            path: of its file; "" for a frame of a video.
         """
-        names = (frame.file_name, os.path.basename(frame.file_name))
-        if frame.video is None:
-            names += (path,)
-        return self.image in names or (
-            frame.video is None and os.path.abspath(self.image) == os.path.abspath(path)
-        )
+        same_file = path and os.path.abspath(self.image) == os.path.abspath(path)
+        return bool(same_file) or self.image in names
 
     def __str__(self) -> str:
         return f"{self.image}:{self.index}"
@@ -77,50 +75,54 @@ class Explanations:
         self,
         folder: str,
         targets: Sequence[Target],
-        files: Sequence[str],
+        source: Source,
         coordinate_names: Sequence[str],
         style: ClassStyle,
     ):
         """
         Args:
             folder: of the figures; it is made.
-            files: paths in the order of ``Frame.source_index``.
             coordinate_names: see :func:`cbbl_d2.modeling.keep_distributions`.
         """
         self.written: list[str] = []
-        self._folder, self._files, self._names = folder, files, picture_names(files)
+        self._problems: list[str] = []
+        self._folder, self._files, self._names = folder, source.files, picture_names(source.files)
         self._targets, self._left = targets, list(targets)
         self._coordinate_names, self._style = coordinate_names, style
 
     def take(self, frame: Frame, instances: Instances) -> None:
         """
         Raises:
-            UserError: the image has no such detection, or the file cannot be written.
+            UserError: the file cannot be written.
         """
+        path = "" if frame.video else self._files[frame.source_index]
         for target in self._targets:
-            if target.is_in(frame, self._files[frame.source_index]):
+            if target.is_in(_names_of(frame.file_name), path):
                 self._explain(target, frame, instances)
         for field in _FIELDS:
             instances.remove(field)
 
-    def check_all_found(self) -> None:
+    def finish(self) -> None:
         """
+        To be called when all else is written.
+
         Raises:
-            UserError: a target's image was not among those that were read.
+            UserError: there is no such detection or frame.
         """
-        if self._left:
-            raise UserError(
-                f"--explain {self._left[0]}: no such image among those that were read: give its "
-                "path, or its file_name in predictions.csv"
-            )
+        problems = self._problems + [f"{x}: no such image was read" for x in self._left]
+        if problems:
+            raise UserError(f"--explain {problems[0]}")
 
     def _explain(self, target: Target, frame: Frame, instances: Instances) -> None:
+        if target in self._left:
+            self._left.remove(target)
         if target.index >= len(instances):
-            raise UserError(
-                f"--explain {target}: {frame.file_name} has "
+            self._problems.append(
+                f"{target}: {frame.file_name} has "
                 f"{count(len(instances), 'detection', 'detections')}, counted from 0, the best "
                 "score first: lower --confidence-threshold for more"
             )
+            return
         order = torch.argsort(instances.scores, descending=True, stable=True)
         one = instances[order[target.index : target.index + 1]]
         name = self._names[frame.source_index]
@@ -130,8 +132,33 @@ class Explanations:
         with open_whole(path, "wb") as f:
             plot_explanation(f, frame, one, self._coordinate_names, self._style)
         self.written.append(path)
-        if target in self._left:
-            self._left.remove(target)
+
+
+def check_targets(targets: Sequence[Target], source: Source) -> None:
+    """
+    Before hours of prediction.
+
+    Raises:
+        UserError: no image, or more than one, is called so. Frames of videos are not known yet.
+    """
+    pairs = list(zip(source.names, source.files, strict=True))
+    if any(source.is_video(path) for path in source.files):
+        return
+    for target in targets:
+        found = [path for name, path in pairs if target.is_in(_names_of(name), path)]
+        if not found:
+            raise UserError(
+                f"--explain {target}: no such image among those to predict on: give its path"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"--explain {target}: {len(found)} images are called so, {found[0]} and "
+                f"{found[1]}: give its path"
+            )
+
+
+def _names_of(file_name: str) -> tuple[str, str]:
+    return file_name, os.path.basename(file_name)
 
 
 def plot_explanation(

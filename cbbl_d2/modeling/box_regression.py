@@ -177,6 +177,7 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
     def _to_sides(self, variances, logits, boxes):
         # To first order, and as if the four offsets were independent.
         variances = variances / variances.new_tensor(self.weights) ** 2
+        boxes = boxes.float()  # squares of pixels do not fit into float16
         x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
         # x1 = center - width / 2, and the width is the exponential of its offset.
         center = variances[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2

@@ -55,8 +55,8 @@ def voting_variances(variances: torch.Tensor, source_boxes: torch.Tensor) -> tor
     the proposal's or anchor's size is sure enough: no candidate has all the votes.
 
     They are ``side_variances``, with the part that the code of a coarse grid has in them: it grows
-    with the distance from the proposal, and trust in near proposals was measured to be worth half
-    of what variances gain, see docs/uncertainty.md.
+    with the distance from the proposal, and trust in near proposals is worth having, see
+    docs/uncertainty.md.
 
     Args:
         variances: of the sides, shape ``(M, 4)``, square pixels.
@@ -65,5 +65,6 @@ def voting_variances(variances: torch.Tensor, source_boxes: torch.Tensor) -> tor
     Returns:
         Tensor: shape ``(M, 4)``.
     """
-    least = (0.01 * (source_boxes[:, 2:] - source_boxes[:, :2]).repeat(1, 2)) ** 2
+    sizes = (source_boxes[:, 2:] - source_boxes[:, :2]).float()
+    least = (0.01 * sizes.repeat(1, 2)) ** 2
     return variances + least.clamp(min=1e-6)

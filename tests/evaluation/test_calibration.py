@@ -69,7 +69,18 @@ def test_rank_correlation():
     assert calibration._rank_correlation(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
+def test_bias_is_shown():
+    matched = drawn()
+    moved = MatchedSides(matched.errors + [1, 0, -2, 0], *list(vars(matched).values())[1:])
+    assert calibration.mean_errors(moved) == pytest.approx([1, 0, -2, 0], abs=0.1)
+
+
 def test_too_few_in_a_half():
+    # A side that lies on the border in all of them has no scale.
+    clipped = drawn(2000)
+    clipped.errors[:, 2] = np.nan
+    with pytest.raises(UserError, match="0 and 0 of them"):
+        calibration.halves(clipped)
     with pytest.raises(UserError, match="^60 of 120 detections match"):
         calibration.halves(drawn(60))
 

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 from cbbl_d2.errors import UserError
-from cbbl_d2.inference.explanation import Explanations, Target
+from cbbl_d2.inference.explanation import Explanations, Target, check_targets
 from cbbl_d2.inference.frames import Frame
+from cbbl_d2.inference.names import relative_names
+from cbbl_d2.inference.sources import Source
 from cbbl_d2.visualization import ClassStyle
 from detectron2.structures import Boxes, BoxMode, Instances
 
@@ -28,16 +30,20 @@ def frame(name="a/b.png", record=None, **kwargs):
     return Frame(0, name, np.full((60, 80, 3), 99, dtype=np.uint8), record, **kwargs)
 
 
+def source(*files):
+    return Source([{"file_name": x} for x in files], relative_names(files, "/data"))
+
+
 def explanations(folder, *targets, files=("/data/a/b.png",)):
     targets = [Target.parse(x) for x in targets]
-    return Explanations(str(folder), targets, files, DELTAS, ClassStyle())
+    return Explanations(str(folder), targets, source(*files), DELTAS, ClassStyle())
 
 
 @pytest.mark.parametrize("name", ("b.png", "a/b.png", "/data/a/b.png", "/data/x/../a/b.png"))
 def test_an_image_by_any_of_its_names(tmp_path, name):
     explained, found = explanations(tmp_path, f"{name}:0", f"{name}:1"), instances()
     explained.take(frame(), found)
-    explained.check_all_found()
+    explained.finish()
     assert explained.written == [str(tmp_path / "b_0.png"), str(tmp_path / "b_1.png")]
     pictures = [cv2.imread(x) for x in explained.written]
     assert not np.array_equal(*pictures)
@@ -87,9 +93,22 @@ def test_errors(tmp_path):
             Target.parse(text)
     assert Target.parse("C:/a:b.png:12") == Target("C:/a:b.png", 12)
 
+    # The rest is predicted and written first.
     explained = explanations(tmp_path, "b.png:2")
+    explained.take(frame(), instances())
     with pytest.raises(UserError, match="b.png:2: a/b.png has 2 detections, counted from 0"):
-        explained.take(frame(), instances())
-    with pytest.raises(UserError, match="c.png:0: no such image"):
-        explanations(tmp_path, "c.png:0").check_all_found()
+        explained.finish()
+    with pytest.raises(UserError, match="clip/frame_000009.png:0: no such image was read"):
+        explanations(tmp_path, "clip/frame_000009.png:0").finish()
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_looked_for_before_the_prediction():
+    files = ("/data/a/b.png", "/data/c/b.png", "/data/c/d.png")
+    for name in ("a/b.png", "/data/c/b.png", "d.png"):
+        check_targets([Target.parse(f"{name}:0")], source(*files))
+    for name, message in (("b.png", "2 images are called so"), ("e.png", "no such image among")):
+        with pytest.raises(UserError, match=message):
+            check_targets([Target.parse(f"{name}:0")], source(*files))
+    # The frames of a video are counted while it is read.
+    check_targets([Target.parse("x/frame_000000.png:0")], source("/data/x.mp4"))

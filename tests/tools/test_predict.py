@@ -370,6 +370,7 @@ def test_errors_of_uncertainty(error, run, tmp_path, capsys):
     options = ("--input", tmp_path / "in/a.png", "--formats", "pictures")
     assert "b.png:0: no such image" in error(*options, "--explain", "b.png:0")
     assert "a.png:9: a.png has 5 detections" in error(*options, "--explain", "a.png:9")
+    assert "add pictures" in error("--input", "x.png", "--formats", "csv", "--uncertainty")
     assert "not with --slice" in error(*options, "--explain", "a.png:0", "--slice", 32)
     with pytest.raises(SystemExit):
         run(*options, "--explain", "a.png")
