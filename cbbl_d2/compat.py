@@ -13,6 +13,7 @@ import torch
 from cbbl_d2.devices import device_kind
 from detectron2.engine import DefaultTrainer, defaults
 from detectron2.layers import get_norm
+from detectron2.modeling.roi_heads import keypoint_head
 from detectron2.structures import Boxes, Instances
 
 
@@ -138,3 +139,16 @@ def at_last_iteration(trainer: DefaultTrainer) -> Iterator[None]:
         yield
     finally:
         trainer.iter = iteration
+
+
+@contextlib.contextmanager
+def skipped_keypoints_not_counted() -> Iterator[None]:
+    """
+    Detectron2 counts the batches without a visible keypoint in a variable of the module, and logs
+    their number. In this context they do not count.
+    """
+    before = keypoint_head._TOTAL_SKIPPED
+    try:
+        yield
+    finally:
+        keypoint_head._TOTAL_SKIPPED = before

@@ -172,6 +172,23 @@ def add_cbbl_config(cfg: CN) -> None:
     # others wait for it. (On GPUs PyTorch's 30 minutes hold where Detectron2 gathers objects.)
     _C.SOLVER.PROCESS_TIMEOUT = 60
 
+    # After how many evaluations (TEST.EVAL_PERIOD) in a row of which none was better than the best
+    # one before the training ends. 0: it never ends early.
+    _C.SOLVER.EARLY_STOPPING = 0
+
+    # ---------------------------------------------------------------------------- #
+    # Evaluation
+    # ---------------------------------------------------------------------------- #
+    # What tells which model is the best one, for model_best.pth and SOLVER.EARLY_STOPPING: a name
+    # in metrics.json, "bbox/AP", "bbox/APvs", "segm/AP", "val/total_loss" ... The highest value is
+    # the best, of a loss the lowest. With several data sets that of the first one counts, unless
+    # the name begins with another one's.
+    _C.TEST.BEST_METRIC = "bbox/AP"
+
+    # Whether each evaluation measures the losses on DATASETS.TEST, too, as `val/total_loss`,
+    # `val/loss_cls` ..., see cbbl_d2/engine/validation_loss.py.
+    _C.TEST.LOSS = False
+
     # ---------------------------------------------------------------------------- #
     # Data sets in COCO format that a user brings
     # ---------------------------------------------------------------------------- #
@@ -278,6 +295,12 @@ _JITTER_SIZE = "(height, width) in pixels, with SCALE_JITTER"
 _VALUES = {
     "SOLVER.GRADIENT_STATS_PERIOD": integer(0, note=" (0: off)"),
     "SOLVER.PROCESS_TIMEOUT": integer(1, 10**6, note=" (minutes)"),
+    "SOLVER.EARLY_STOPPING": integer(0, note=" (evaluations; 0: off)"),
+    "TEST.BEST_METRIC": (
+        lambda v: isinstance(v, str) and "/" in v,
+        "the name of a number that an evaluation writes to metrics.json, such as 'bbox/AP'",
+    ),
+    "TEST.LOSS": (lambda v: isinstance(v, bool), "True or False"),
     "MODEL.CBBL.LABEL": one_of(*LABELS),
     "MODEL.CBBL.UNCERTAINTY": one_of(*UNCERTAINTIES),
     "MODEL.CBBL.UNCERTAINTY_WEIGHT": _WEIGHT,

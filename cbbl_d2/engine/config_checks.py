@@ -38,6 +38,7 @@ def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = 
     if eval_only:
         return
     _check_batch_size(cfg, num_processes)
+    _check_best_metric(cfg)
     if cfg.SOLVER.AMP.ENABLED and (device != "cuda" or not torch.cuda.is_available()):
         where = "the CPU" if device in ("cpu", "cuda") else device
         raise ConfigError(
@@ -114,6 +115,22 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
                 "TEST.AUG.ENABLED = True: Detectron2's test-time augmentation does not support "
                 f"MODEL.{key} True: set TEST.AUG.ENABLED False"
             )
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING
+    if "val" in metric.split("/")[:-1] and not cfg.TEST.LOSS:
+        raise ConfigError(f"TEST.BEST_METRIC = {metric}: needs TEST.LOSS True, which measures it")
+    if patience > 0 and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            f"SOLVER.EARLY_STOPPING = {patience}: DATASETS.TEST is empty: name a data set to "
+            "evaluate on"
+        )
+    if patience > 0 and cfg.TEST.EVAL_PERIOD == 0:
+        raise ConfigError(
+            f"SOLVER.EARLY_STOPPING = {patience}: counts evaluations, of which TEST.EVAL_PERIOD 0 "
+            "makes none while the model trains: set the number of iterations between them"
+        )
 
 
 def _check_batch_size(cfg: CfgNode, num_processes: int) -> None:

@@ -18,17 +18,28 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
 from .checkpoint import BestModelCheckpointer, CBBLCheckpointer
 from .divergence import explain_divergence, is_finite, user_errors_in_one_line
 from .gradient_stats import GradientStats
-from .hooks import BestCheckpointer, ResumeState, WriteEvaluations
+from .hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    ResumeState,
+    TrainingPrinter,
+    WriteEvaluations,
+)
 from .optimizer import build_optimizer, follow_config
 from .rng import preserve_rng
 from .stop import StopOnRequest, StopRequest
+from .validation_loss import validation_losses
 
 logger = logging.getLogger(__name__)
+
+
+class _StoppedEarly(BaseException):
+    """Leaves the loop of a training; not an error, which Detectron2 would log."""
 
 
 class CBBLTrainer(DefaultTrainer):
@@ -37,7 +48,9 @@ class CBBLTrainer(DefaultTrainer):
 
     * a number of classes of 0 becomes that of the data;
     * AP, AP50, AP75, APs, APm, APl and APvs (very small objects) on ``cfg.DATASETS.TEST``;
-    * the model of the best AP as ``model_best.pth``;
+    * the model of the best AP, or of another metric, as ``model_best.pth``, and an end of the
+      training when it does not become better (``cfg.SOLVER.EARLY_STOPPING``);
+    * the losses on ``cfg.DATASETS.TEST`` (``cfg.TEST.LOSS``);
     * with ``cfg.TEST.AUG.ENABLED``, one more evaluation after training, with test-time
       augmentation;
     * several processes on the CPU, where ``launch`` can start them;
@@ -78,19 +91,23 @@ class CBBLTrainer(DefaultTrainer):
         self._stop = StopRequest()
         self._stop_hook = StopOnRequest(self._stop, resume_state)
         added = [resume_state, self._stop_hook]
+        best = self._build_best_checkpointer() if test_sets and comm.is_main_process() else None
+        self._early_stopping = None
         if self.cfg.TEST.AUG.ENABLED and test_sets:
             test = functools.partial(self.test_with_TTA, self.cfg, self.model)
             added.insert(0, hooks.EvalHook(0, test))
+        if self.cfg.SOLVER.EARLY_STOPPING > 0:
+            self._early_stopping = EarlyStopping(
+                self.cfg.SOLVER.EARLY_STOPPING, self.cfg.TEST.EVAL_PERIOD, best
+            )
+            added.insert(0, self._early_stopping)
         ret[after_eval:after_eval] = added
         for hook in ret:
             if isinstance(hook, hooks.EvalHook):
                 hook._func = self._stop.at_once(hook._func)
         if not comm.is_main_process():
             return ret
-        if test_sets:
-            metric = "bbox/AP" if len(test_sets) == 1 else f"{test_sets[0]}/bbox/AP"
-            checkpointer = BestModelCheckpointer(self.model, self.cfg.OUTPUT_DIR)
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
+        if best is not None:
             ret.insert(after_eval, best)
         # Detectron2 writes the checkpoint of an iteration before its evaluation. A run that dies
         # in the evaluation would be resumed after it, and its result be lost. (The last evaluation
@@ -102,6 +119,22 @@ class CBBLTrainer(DefaultTrainer):
         remove_unfinished(self.cfg.OUTPUT_DIR)
         save_class_names(self.cfg)
         return ret
+
+    def build_writers(self):
+        return [
+            TrainingPrinter(self.max_iter) if type(writer) is CommonMetricPrinter else writer
+            for writer in super().build_writers()
+        ]
+
+    def _build_best_checkpointer(self) -> BestCheckpointer:
+        node, test_sets = self.cfg.TEST, self.cfg.DATASETS.TEST
+        metric = node.BEST_METRIC
+        if len(test_sets) > 1 and not metric.startswith(tuple(f"{name}/" for name in test_sets)):
+            metric = f"{test_sets[0]}/{metric}"
+        # A model without boxes, such as an RPN alone, trains on without the default one.
+        must_exist = self.cfg.SOLVER.EARLY_STOPPING > 0 or node.BEST_METRIC != "bbox/AP"
+        checkpointer = BestModelCheckpointer(self.model, self.cfg.OUTPUT_DIR)
+        return BestCheckpointer(node.EVAL_PERIOD, checkpointer, metric, must_exist)
 
     def resume_or_load(self, resume: bool = True) -> None:
         found = comm.all_gather(self.checkpointer.has_checkpoint())
@@ -117,6 +150,8 @@ class CBBLTrainer(DefaultTrainer):
                 "beginning"
             )
         super().resume_or_load(resume)
+        if self._has_stopped_early:
+            self.max_iter = self.start_iter
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         if frozen and not self.cfg.MODEL.WEIGHTS and not (resume and found[0]):
             logger.warning(
@@ -124,11 +159,28 @@ class CBBLTrainer(DefaultTrainer):
                 "MODEL.BACKBONE.FREEZE_AT 0 and a norm of the backbone that learns, such as BN"
             )
 
+    @property
+    def _has_stopped_early(self) -> bool:
+        return self._early_stopping is not None and self._early_stopping.has_stopped
+
+    def after_step(self):
+        super().after_step()
+        if self._has_stopped_early:
+            raise _StoppedEarly
+
     def after_train(self):
-        if not is_finite(self.model):
-            # Diverged in the last iteration: Detectron2 would evaluate and keep that model.
+        # Diverged in the last iteration: Detectron2 would evaluate and keep that model.
+        is_bad = not is_finite(self.model)
+        # Its last iteration was evaluated: not again, but for what comes at the end alone.
+        is_evaluated = self._has_stopped_early and self.iter < self.max_iter
+        if is_evaluated:
+            self.iter = self.max_iter
+        if is_bad or is_evaluated:
             self._hooks = [
-                h for h in self._hooks if not isinstance(h, (hooks.EvalHook, BestCheckpointer))
+                h
+                for h in self._hooks
+                if not isinstance(h, (hooks.EvalHook, BestCheckpointer))
+                or not (is_bad or isinstance(h, BestCheckpointer) or h._period > 0)
             ]
         super().after_train()
 
@@ -137,14 +189,23 @@ class CBBLTrainer(DefaultTrainer):
             with user_errors_in_one_line(), self._stop:
                 try:
                     return super().train()
+                except _StoppedEarly:
+                    return None
                 except Stopped:
                     if self._stop.raised and self.iter < self.max_iter:
                         self._stop_hook.stop(self._stop.number)
                     raise
         # Resumed after its last iteration; its evaluation may not have been finished.
-        logger.info(
-            f"All {self.max_iter} iterations are done: evaluating. To train on, raise their number"
-        )
+        if self._has_stopped_early:
+            logger.info(
+                f"SOLVER.EARLY_STOPPING has ended this training after {self.max_iter} iterations: "
+                "evaluating. To train on, raise it, or set it to 0"
+            )
+        else:
+            logger.info(
+                f"All {self.max_iter} iterations are done: evaluating. To train on, raise their "
+                "number"
+            )
         self.iter = self.max_iter
         with EventStorage(self.max_iter) as self.storage:
             self.after_train()
@@ -231,7 +292,12 @@ class CBBLTrainer(DefaultTrainer):
     def test(cls, cfg, model, evaluators=None):
         # Training goes on with the numbers it would have drawn without the evaluation.
         with preserve_rng():
-            return super().test(cfg, model, evaluators)
+            results = super().test(cfg, model, evaluators)
+        if cfg.TEST.LOSS and not isinstance(model, GeneralizedRCNNWithTTA):
+            losses = {name: validation_losses(cfg, model, name) for name in cfg.DATASETS.TEST}
+            for name, found in losses.items():
+                (results if len(losses) == 1 else results[name])["val"] = found
+        return results
 
     @classmethod
     def test_with_TTA(cls, cfg, model) -> Dict[str, Any]:
