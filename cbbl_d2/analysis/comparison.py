@@ -17,7 +17,7 @@ from cbbl_d2.messages import short
 from cbbl_d2.yaml_checks import check_yaml
 
 from .markdown import markdown_table
-from .study import read_metrics
+from .study import read_metrics, stopped_early_after
 from .study_record import flatten
 
 __all__ = ["Training", "as_markdown", "differing_keys", "plot", "read_training", "read_trainings"]
@@ -49,7 +49,11 @@ class Training:
         a config that Detectron2 scales, the file has the number of iterations before scaling.)
         """
         is_scaled = self.settings.get("SOLVER.REFERENCE_WORLD_SIZE", 0) != 0
-        is_long_enough = is_scaled or self.last_iteration >= (self.max_iter or 0)
+        has_stopped = stopped_early_after(
+            [{**row, "iteration": iteration} for iteration, row in self.rows.items()]
+        )
+        enough = has_stopped or self.max_iter or 0
+        is_long_enough = is_scaled or self.last_iteration >= enough
         return is_long_enough and os.path.isfile(os.path.join(self.folder, "model_final.pth"))
 
     @property
@@ -198,7 +202,7 @@ def as_markdown(trainings: Sequence[Training]) -> str:
 def plot(trainings: Sequence[Training], path) -> None:
     """
     AP and APvs, the total loss and the losses over the iterations, a line for each training, as
-    PNG.
+    PNG; losses on validation data (``TEST.LOSS``) as dashed lines.
 
     Args:
         path: file name, or a binary file to write to.
@@ -225,8 +229,12 @@ def plot(trainings: Sequence[Training], path) -> None:
                 values = [row.get(panel, math.nan) for row in evaluations.values()]
             # Also without points, so that the legend names every training.
             label = training.label
-            axis.plot(iterations, values, style, markersize=4, color=f"C{number % 10}", label=label)
-        axis.set_title(panel, fontsize=10)
+            color = f"C{number % 10}"
+            axis.plot(iterations, values, style, markersize=4, color=color, label=label)
+            if f"val/{panel}" in logged:
+                axis.plot(*training.curve(f"val/{panel}"), "--", color=color)
+        dashed = " (dashed: on validation data)" if f"val/{panel}" in logged else ""
+        axis.set_title(panel + dashed, fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlim(0, 1.03 * max(training.last_iteration for training in trainings) or 1)
         top = max((y for x in axis.lines for y in x.get_ydata() if math.isfinite(y)), default=0)

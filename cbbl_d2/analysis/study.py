@@ -32,6 +32,7 @@ import yaml
 from cbbl_d2.data.coco_format import register_from_config
 from cbbl_d2.data.dataset_checks import check_registered
 from cbbl_d2.engine import load_config
+from cbbl_d2.engine.hooks import STOPPED_EARLY
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.messages import listed
@@ -59,6 +60,20 @@ def read_metrics(folder: str) -> List[Dict]:
             with contextlib.suppress(json.JSONDecodeError, RecursionError):
                 lines.append(json.loads(text))
     return [x for x in lines if isinstance(x, dict) and isinstance(x.get("iteration"), int)]
+
+
+def stopped_early_after(lines: Sequence[Dict]) -> Optional[int]:
+    """
+    The number of iterations of a training that ``SOLVER.EARLY_STOPPING`` has ended; None of one
+    that it has not, or that was trained on since.
+
+    Args:
+        lines: of its ``metrics.json``, in their order.
+    """
+    stops = [int(line[STOPPED_EARLY]) for line in lines if STOPPED_EARLY in line]
+    if not stops or any(line["iteration"] > stops[-1] for line in lines):
+        return None
+    return stops[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +135,11 @@ class Run:
         """Number of iterations that ``metrics.json`` tells of; 0 before the first lines."""
         return max((line["iteration"] + 1 for line in self._lines()), default=0)
 
+    @property
+    def iterations(self) -> int:
+        """Number of iterations of the finished training: fewer where it has stopped early."""
+        return stopped_early_after(read_metrics(self.trained_in or self.folder)) or self.max_iter
+
     def results(self) -> Optional[Dict[str, float]]:
         """
         The metrics of the evaluation after the last iteration, with the median ``time`` of an
@@ -127,17 +147,18 @@ class Run:
         """
         if not os.path.isfile(self.weights):
             return None
-        lines = self._lines()
+        lines, iterations = self._lines(), self.iterations
         # Only an evaluation has keys like bbox/AP. Its line bears the last iteration, counted
         # from 0, or the number of iterations if it was made up for on resume.
         final = [
             line
             for line in lines
-            if line["iteration"] >= self.max_iter - 1 and any("/AP" in key for key in line)
+            if line["iteration"] >= iterations - 1 and any("/AP" in key for key in line)
         ]
         if not final:
             return None
-        results = {k: v for k, v in final[-1].items() if isinstance(v, (int, float))}
+        # A training that stops early has evaluated already when test-time augmentation comes.
+        results = {k: v for line in final for k, v in line.items() if isinstance(v, (int, float))}
         times = [line["time"] for line in lines if "time" in line]
         return {**results, "time": statistics.median_high(times)} if times else results
 

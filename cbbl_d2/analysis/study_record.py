@@ -3,7 +3,8 @@ What a study keeps of its finished runs, for other machines and for good: a fold
 files that can be committed.
 
 * ``runs.csv``: a line for each run: config, overrides, seed, the hash of all its settings and of
-  the annotation files, commit, versions, threads, seconds of an iteration, all AP of the evaluation
+  the annotation files, commit, versions, threads, iterations that were trained (fewer than the
+  config's where it has stopped early), seconds of an iteration, all AP of the evaluation
   data set, of each further evaluation (``voting/bbox/AP``), and the gradients by object size.
 * ``settings/{hash}.yaml``: the whole config of a run but for its seed and its output folder.
 * ``bootstrap.csv``: AP on resampled images, see :func:`cbbl_d2.evaluation.bootstrap.bootstrap_ap`.
@@ -48,7 +49,7 @@ from pycocotools.coco import COCO
 
 _KEYS = (
     *("run", "config", "overrides", "seed", "settings", "evaluations", "annotations", "weights"),
-    *("commit", "versions", "device", "threads", "s/iteration"),
+    *("commit", "versions", "device", "threads", "iterations", "s/iteration"),
 )
 # Of these columns there is one row in ``runs.csv``.
 _IDENTITY = ("run", "seed", "settings")
@@ -209,6 +210,7 @@ class StudyRecords:
             f"detectron2 {detectron2.__version__}",
             "device": device_title(device),
             "threads": str(threads),
+            "iterations": str(run.iterations),
             "s/iteration": f"{results.get('time', math.nan):.3f}",
         }
         for name, value in _kept(results).items():

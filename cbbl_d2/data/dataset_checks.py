@@ -61,6 +61,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         _check_heads(cfg, name, dicts)
         if name in cfg.DATASETS.TEST:
             warn_of_many_objects(cfg, name, dicts)
+            _check_has_objects(cfg, name, dicts)
     check_num_classes(cfg, eval_only)
 
 
@@ -299,7 +300,8 @@ def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
         )
     coded = [record for record, a in objects if isinstance(a.get("segmentation"), dict)]
     is_training = name in cfg.DATASETS.TRAIN
-    if cfg.MODEL.MASK_ON and is_training and coded and cfg.INPUT.MASK_FORMAT == "polygon":
+    has_loss = is_training or cfg.TEST.LOSS
+    if cfg.MODEL.MASK_ON and has_loss and coded and cfg.INPUT.MASK_FORMAT == "polygon":
         raise ConfigError(
             f"data set {name}: {count(len(coded), 'mask is', 'masks are')} run-length codes"
             f"{_examples(coded)}, which INPUT.MASK_FORMAT polygon cannot read: set "
@@ -312,6 +314,15 @@ def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
                 f"data set {name}: lacks the names of its keypoints: set keypoint_names and "
                 f"keypoint_flip_map of MetadataCatalog.get({name!r}), as Detectron2 needs them"
             )
+
+
+def _check_has_objects(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
+    """A loss on validation data needs some."""
+    annotations = (a for record in dicts for a in record.get("annotations", ()))
+    if cfg.TEST.LOSS and dicts and all(a.get("iscrowd", 0) for a in annotations):
+        raise ConfigError(
+            f"TEST.LOSS = True: data set {name} has no annotated object: set TEST.LOSS False"
+        )
 
 
 def _examples(records: list[dict]) -> str:
