@@ -261,10 +261,12 @@ class EarlyStopping(HookBase):
             logger.info(self._reason())
 
     def _reason(self) -> str:
-        best, evaluations = self._best, count(self._num_worse, "evaluation", "evaluations")
+        best, number = self._best, self._num_worse
         stopped = f"Stopped early after iteration {self.trainer.iter}: {best.metric} was"
         if best.best_iter is None:
+            evaluations = count(number, "evaluation", "evaluations")
             return f"{stopped} no finite number in {evaluations}: there is no model_best.pth"
+        evaluations = "evaluation" if number == 1 else f"{number} evaluations"
         return (
             f"{stopped} not better in the last {evaluations} than the {best.best_metric:.4g} after "
             f"iteration {best.best_iter}, whose model is model_best.pth"

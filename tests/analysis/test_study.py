@@ -110,6 +110,38 @@ def test_unfinished_runs_have_no_results(write_study):
     assert run.results() is None
 
 
+def test_a_run_that_has_stopped_early_is_finished(write_study):
+    study = load_study(write_study(evaluations={"voting": ["MODEL.CBBL.VOTING_SIGMA", 0.05]}))
+    run = study.runs[0]
+    finish(run, 50.0, iteration=11)
+    path = os.path.join(run.folder, "metrics.json")
+
+    def write(line):
+        with open(path, "a") as f:
+            f.write("\n" + json.dumps(line) + "\n")
+
+    os.remove(path)
+    write({"iteration": 11, "bbox/AP": 50.0, "bbox/APvs": 5.0})
+    assert run.results() is None and run.iterations == 20
+    # With test-time augmentation there is one more evaluation at the end.
+    write({"iteration": 12, "stopped_early_after": 12.0, "bbox_TTA/AP": 51.0})
+    assert run.iterations == 12
+    assert run.results()["bbox/AP"] == 50.0 and run.results()["bbox_TTA/AP"] == 51.0
+    # Its further evaluation bears the iteration of the checkpoint.
+    (voting,) = run.evaluations
+    os.makedirs(os.path.join(voting.folder, "inference"))
+    with open(os.path.join(voting.folder, "inference", "metrics.json"), "w") as f:
+        f.write(json.dumps({"iteration": 11, "bbox/AP": 52.0}) + "\n")
+    assert run.all_results()["voting/bbox/AP"] == 52.0
+    study.records.add(run, run.all_results(), run.folder, 1)
+    with open(os.path.join(study.records.folder, "runs.csv")) as f:
+        (row,) = csv.DictReader(f)
+    assert row["iterations"] == "12" and study.results(run)["bbox/AP"] == 50.0
+    # Trained on, with more patience.
+    write({"iteration": 15, "total_loss": 1.0})
+    assert run.results() is None and run.iterations == 20
+
+
 def test_bootstrap_interval():
     assert bootstrap_interval([2.0]) == (2.0, 2.0)
     low, high = bootstrap_interval([1.0, 2.0, 3.0])
