@@ -300,7 +300,7 @@ def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
         )
     coded = [record for record, a in objects if isinstance(a.get("segmentation"), dict)]
     is_training = name in cfg.DATASETS.TRAIN
-    has_loss = is_training or cfg.TEST.LOSS
+    has_loss = is_training or cfg.TEST.get("LOSS", False)
     if cfg.MODEL.MASK_ON and has_loss and coded and cfg.INPUT.MASK_FORMAT == "polygon":
         raise ConfigError(
             f"data set {name}: {count(len(coded), 'mask is', 'masks are')} run-length codes"
@@ -319,7 +319,8 @@ def _check_heads(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
 def _check_has_objects(cfg: CfgNode, name: str, dicts: list[dict]) -> None:
     """A loss on validation data needs some."""
     annotations = (a for record in dicts for a in record.get("annotations", ()))
-    if cfg.TEST.LOSS and dicts and all(a.get("iscrowd", 0) for a in annotations):
+    has_loss = cfg.TEST.get("LOSS", False)  # absent without this project's config keys
+    if has_loss and dicts and all(a.get("iscrowd", 0) for a in annotations):
         raise ConfigError(
             f"TEST.LOSS = True: data set {name} has no annotated object: set TEST.LOSS False"
         )

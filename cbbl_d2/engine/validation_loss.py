@@ -59,7 +59,7 @@ def validation_losses(cfg: CfgNode, model: torch.nn.Module, name: str) -> Dict[s
     """
     logger.info(f"Losses on {name}:")
     # TorchScript optimizes a function, here the focal loss, for the calls that it sees, by which
-    # the last digits change: the training's would be others for having been called here.
+    # its last digits change: these calls are not to be among them.
     unoptimized = torch.jit.optimized_execution(False)
     with preserve_rng(), EventStorage(), unoptimized, skipped_keypoints_not_counted():
         losses_of_image = _LossesOfImage(model, cfg.SOLVER.AMP.ENABLED)

@@ -194,6 +194,18 @@ def test_missing_image_stops_an_evaluation_only(register, folder, content, error
     assert str(folder / "images" / "b.png") in message and "annotations.json" in message
 
 
+def test_losses_on_validation_data_need_objects(register, content, new_name, error_of):
+    train, test = register(content), new_name()
+    bare = [{k: v for k, v in d.items() if k != "annotations"} for d in DatasetCatalog.get(train)]
+    DatasetCatalog.register(test, lambda: bare)
+    cfg = make_cfg([train], [test])
+    check_datasets(cfg)
+    cfg.TEST.LOSS = True
+    assert "has no annotated object: set TEST.LOSS False" in error_of(check_datasets, cfg)
+    cfg.DATASETS.TEST = (train,)
+    check_datasets(cfg)
+
+
 def test_masks_and_keypoints_have_to_be_in_the_data(register, content):
     for annotation in content["annotations"]:
         annotation.pop("segmentation", None), annotation.pop("keypoints", None)

@@ -187,6 +187,21 @@ def test_what_has_stopped_early_is_not_trained_on(cfg, evaluations, caplog):
     assert "stopped_early_after" not in lines(cfg)[-1]
 
 
+def test_what_comes_at_the_end_alone_comes(cfg, evaluations, monkeypatch):
+    made = evaluations([30, 20, 10])
+    augmented = []
+
+    def test_with_tta(cls, cfg, model):
+        augmented.append(get_event_storage().iter)
+        return {"bbox_TTA": {"AP": 31}}
+
+    monkeypatch.setattr(CBBLTrainer, "test_with_TTA", classmethod(test_with_tta))
+    cfg.TEST.AUG.ENABLED = True
+    train(cfg)
+    assert made == [2, 4, 6] and augmented == [6]
+    assert lines(cfg)[-1]["bbox_TTA/AP"] == 31
+
+
 def test_without_early_stopping_it_is_trained_on(cfg, evaluations):
     evaluations([30, 20, 10, 40, 20, 10])
     train(cfg)
