@@ -78,13 +78,14 @@ class _GridDecoder:
 
     def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
         """From shape ``(R, k * 4 * G)`` to ``(R, k * 4, G)``."""
-        num_regions, width = logits.shape
+        # In tracing these are tensors. The width is the layer's and may become a number; with it a
+        # tensor, onnxruntime would write the shape with a -1, which is ambiguous for zero regions.
+        num_regions, width = logits.shape[0], int(logits.shape[1])
         if width % (4 * self.num_points) != 0:
             raise ValueError(
                 f"logits of width {width} do not fit a grid of {self.num_points} points: "
                 f"need a multiple of {4 * self.num_points}"
             )
-        # Explicit sizes: -1 is ambiguous for zero regions.
         return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
     def offset_variances(self, logits: torch.Tensor) -> torch.Tensor:
