@@ -34,7 +34,7 @@ from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.evaluation.slices import build_prediction_evaluator
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
 from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
-from cbbl_d2.inference.classes import Classes
+from cbbl_d2.inference.classes import Classes, say_class_names
 from cbbl_d2.inference.folder import make_folder
 from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.results import ImageResult, Results
@@ -163,16 +163,6 @@ def build_pictures(
 
 
 # -- what is printed -------------------------------------------------------------------------------
-
-
-def say_class_names(classes: Classes) -> None:
-    if classes.source:
-        print(f"Class names: {classes.source}")
-        return
-    print(
-        "The names of the classes are neither beside the checkpoint nor with a data set on this "
-        'machine: they are numbered "class 0", "class 1", ...; name them with --class-names'
-    )
 
 
 def say_earlier_files(folder: str) -> None:

@@ -97,6 +97,17 @@ def find_classes(
     return Classes(tuple(names), tuple(range(1, len(names) + 1)), source, _metadata(names))
 
 
+def say_class_names(classes: Classes) -> None:
+    """Print where they are from."""
+    if classes.source:
+        print(f"Class names: {classes.source}")
+        return
+    print(
+        "The names of the classes are neither beside the checkpoint nor with a data set on this "
+        'machine: they are numbered "class 0", "class 1", ...; name them with --class-names'
+    )
+
+
 def _of_dataset(name: str) -> tuple[list[str], tuple[int, ...]] | None:
     """Names and category ids; None where they are not to be had."""
     if name not in DatasetCatalog:

@@ -109,8 +109,26 @@ def relative_std(variances: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         Tensor: standard deviations, shape ``(R, 4)``, relative to the width or height of the box:
         they hold at any size of the image.
     """
-    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
-    return variances.sqrt() / sizes
+    return variances.sqrt() / _sizes(boxes)
+
+
+def std_in_pixels(relative: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """
+    The inverse of :func:`relative_std`, from the field ``pred_boxes_std``.
+
+    Args:
+        relative: standard deviations of the sides, shape ``(R, 4)``.
+        boxes: shape ``(R, 4)``, absolute XYXY.
+
+    Returns:
+        Tensor: standard deviations, shape ``(R, 4)``, pixels.
+    """
+    return relative * _sizes(boxes)
+
+
+def _sizes(boxes: torch.Tensor) -> torch.Tensor:
+    """Width, height, width, height, shape ``(R, 4)``; never 0."""
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
 
 
 class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
