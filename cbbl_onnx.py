@@ -79,6 +79,8 @@ class Detector:
         nms_threshold: IoU of two boxes of a class above which the lower score is dropped.
         max_detections: in an image at most; -1: any number.
         has_masks: whether it finds masks, too.
+        min_size, max_size: the short side that images are resized to, in pixels, unless the long
+            one would be longer than max_size; a min_size of 0: they are not resized.
         metadata: the texts of the file from which these are.
     """
 
@@ -117,7 +119,7 @@ class Detector:
             self.nms_threshold = float(known["nms_threshold"])
             self.max_detections = int(known["max_detections"])
             self._is_bgr = {"RGB": False, "BGR": True}[known["input_format"]]
-            self._min_size, self._max_size = int(known["min_size"]), int(known["max_size"])
+            self.min_size, self.max_size = int(known["min_size"]), int(known["max_size"])
         except (KeyError, ValueError) as e:
             raise OnnxError(
                 f"{path}: not a detector of tools/export_model.py, its metadata lack {e}"
@@ -161,12 +163,12 @@ class Detector:
     def _resized(self, image: Image.Image) -> Image.Image:
         """As Detectron2's ResizeShortestEdge."""
         width, height = image.size
-        if self._min_size == 0:
+        if self.min_size == 0:
             return image
-        scale = self._min_size / min(width, height)
+        scale = self.min_size / min(width, height)
         sides = [scale * width, scale * height]
-        if max(sides) > self._max_size:
-            scale = self._max_size / max(sides)
+        if max(sides) > self.max_size:
+            scale = self.max_size / max(sides)
             sides = [scale * x for x in sides]
         return image.resize([max(int(x + 0.5), 1) for x in sides], Image.Resampling.BILINEAR)
 
@@ -195,7 +197,8 @@ def _to_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
         is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
         if image.dtype != np.uint8 or not is_image or 0 in image.shape:
             raise OnnxError(
-                f"an array of {image.dtype}, shape {image.shape}: must be uint8, (H, W, 3) or (H, W)"
+                f"an array of {image.dtype}, shape {image.shape}: must be uint8, (H, W, 3) or "
+                "(H, W)"
             )
         image = Image.fromarray(image)
     fault = _misread(image)
@@ -269,7 +272,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for x in found.to_dicts():
                 box = " ".join(f"{value:.1f}" for value in x["box"])
                 deviations = " ".join(f"{value:.1f}" for value in x.get("deviations", ()))
-                print(f"  {x['name']} {x['score']:.3f}  {box}" + f"  +- {deviations}" * bool(deviations))
+                print(
+                    f"  {x['name']} {x['score']:.3f}  {box}"
+                    + f"  +- {deviations}" * bool(deviations)
+                )
         if args.pictures:
             os.makedirs(args.pictures, exist_ok=True)
             name = os.path.splitext(os.path.basename(path))[0]

@@ -70,5 +70,3 @@ def onnx_session(content: bytes, threads: int) -> Callable:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     return lambda image: session.run(None, {"image": image.to(torch.uint8).numpy()})
-
-

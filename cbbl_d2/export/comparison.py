@@ -83,8 +83,8 @@ def compare(model: nn.Module, exported: Exported, examples: Sequence[torch.Tenso
             difference = (found[name] - expected[name][matches]).abs().max().item()
             if not difference <= tolerance:
                 raise UserError(
-                    f"nothing written: on an image of {size} px the exported model's {OUTPUTS[name]} "
-                    f"differ by {difference:.2g}, more than {tolerance}"
+                    f"nothing written: on an image of {size} px the {OUTPUTS[name]} of the "
+                    f"exported model differ by {difference:.2g}, more than {tolerance}"
                 )
             largest[name] = max(largest[name], difference)
     return Agreement(num_objects, largest["pred_boxes"], largest["scores"])

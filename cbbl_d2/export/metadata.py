@@ -5,6 +5,7 @@ import json
 import cbbl_d2
 from cbbl_d2.architectures import detection_node
 from cbbl_d2.inference.classes import Classes
+from cbbl_d2.inference.predictor import check_input_format
 from detectron2.config import CfgNode
 
 
@@ -15,7 +16,11 @@ def make_metadata(cfg: CfgNode, classes: Classes) -> dict[str, str]:
 
     Args:
         cfg: of a detector.
+
+    Raises:
+        ConfigError: another ``INPUT.FORMAT`` than RGB or BGR.
     """
+    check_input_format(cfg)
     model, node = cfg.MODEL, cfg.MODEL[detection_node(cfg)]
     architecture = model.META_ARCHITECTURE
     if architecture == "GeneralizedRCNN":

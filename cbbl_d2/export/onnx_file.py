@@ -90,7 +90,9 @@ def load_onnx(content: bytes) -> Exported:
     try:
         session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's errors have no class in common
-        raise UserError(f"nothing written: onnxruntime does not take the exported model: {e}") from e
+        raise UserError(
+            f"nothing written: onnxruntime does not take the exported model: {e}"
+        ) from e
 
     def run(image: torch.Tensor) -> list[torch.Tensor]:
         try:
