@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, Instances
 
 from .box_regression import relative_std
 from .box_voting import variance_voting, voting_variances
+from .logits_on_demand import LogitsOnDemand
 
 """
 Shape shorthand in this module:
@@ -39,9 +40,19 @@ class DistributionsPerAnchor:
     can_vote = True  # MODEL.CBBL.VOTING_SIGMA
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
-        num_classes, box_dim, *others = dims_per_anchor
+        scores, logits, *others = predictions
+        num_classes, box_dim, *other_dims = dims_per_anchor
+        on_demand = isinstance(logits[0], LogitsOnDemand)
+        if on_demand and self.training:  # with layers in evaluation mode
+            logits, on_demand = [x.dense() for x in logits], False
+        if on_demand:
+            scores, *others = super()._transpose_dense_predictions(
+                [scores, *others], [num_classes, *other_dims]
+            )
+            return [scores, logits, *others]
         return super()._transpose_dense_predictions(
-            predictions, [num_classes, box_dim * self.box2box_transform.num_points, *others]
+            [scores, logits, *others],
+            [num_classes, box_dim * self.box2box_transform.num_points, *other_dims],
         )
 
     def inference_single_image(self, anchors, scores, logits, image_size) -> Instances:

@@ -210,7 +210,11 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         if self._is_class_agnostic(logits):
             return logits
         regions = torch.arange(logits.shape[0], device=logits.device)
-        return logits.unflatten(1, (self.num_classes, -1))[regions, classes]
+        return self._of_classes(logits)[regions, classes]
+
+    def _of_classes(self, logits: torch.Tensor) -> torch.Tensor:
+        """From shape ``(R, K * 4 * G)`` to ``(R, K, 4 * G)``; no -1, ambiguous for zero regions."""
+        return logits.unflatten(1, (self.num_classes, 4 * self.box2box_transform.num_points))
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """
@@ -224,7 +228,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         num_classes = self.num_classes
         region, class_ = nonzero_tuple(scores[:, :num_classes] > self.test_score_thresh)
-        logits = logits.unflatten(1, (num_classes, -1))[region, class_]
+        logits = self._of_classes(logits)[region, class_]
         boxes = proposal_boxes.float()[:, None].repeat(1, num_classes, 1)
         boxes[region, class_] = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
         return boxes.flatten(1)
