@@ -65,10 +65,11 @@ class LogitsOnDemand:
         if self._features.dim() == 4:
             return LogitsOnDemand(self._layer, self._features[index])
         layer, num_anchors = self._layer, self._layer.num_anchors
-        location = index.div(num_anchors, rounding_mode="floor")
-        logits = F.linear(self._patches(location), layer.weight.flatten(1), layer.bias)
+        weight = layer.weight.flatten(1)
         if num_anchors == 1:
-            return logits
+            return F.linear(self._patches(index), weight, layer.bias)
+        location = index.div(num_anchors, rounding_mode="trunc")
+        logits = F.linear(self._patches(location), weight, layer.bias)
         rows = torch.arange(index.shape[0], device=index.device)
         logits = logits.unflatten(1, (num_anchors, layer.out_channels // num_anchors))
         return logits[rows, index - location * num_anchors]
@@ -85,9 +86,10 @@ class LogitsOnDemand:
         """
         (height, width), (top, left) = self._layer.kernel_size, self._layer.padding
         padded = F.pad(self._features, (left, left, top, top))
-        y = location.div(self._features.shape[2], rounding_mode="floor")
-        # From here on in the padded map.
-        start = location + y * (2 * left)
-        rows = torch.arange(height, device=location.device) * padded.shape[2]
-        window = rows[:, None] + torch.arange(width, device=location.device)
-        return padded.flatten(1)[:, start[:, None] + window.flatten()].transpose(0, 1).flatten(1)
+        # "trunc" as nothing is negative: of "floor" an ONNX graph would have several nodes.
+        y = location.div(self._features.shape[2], rounding_mode="trunc")
+        start = location + y * (2 * left)  # in the padded map
+        tap_y = location.new_tensor([i for i in range(height) for _ in range(width)])
+        tap_x = location.new_tensor([j for _ in range(height) for j in range(width)])
+        window = tap_y * padded.shape[2] + tap_x
+        return padded.flatten(1)[:, start[:, None] + window].transpose(0, 1).flatten(1)
