@@ -1,6 +1,6 @@
 """From boxes to offsets and from logits over a grid back to boxes."""
 
-from typing import Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from cbbl_d2.distribution import expectation, variance
@@ -152,7 +152,9 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         super().__init__(weights=weights, **kwargs)
         self._grid = grid
 
-    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def side_variances(
+        self, logits: torch.Tensor, boxes: torch.Tensor, decoded: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """
         How unsure the head is of each side of the boxes that :meth:`apply_deltas` returns: the
         variance of the predicted distributions, carried from the offsets to the sides to first
@@ -162,16 +164,18 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         Args:
             logits: shape ``(R, 4 * G)``.
             boxes: shape ``(R, 4)``, absolute XYXY.
+            decoded: what :meth:`apply_deltas` returns for them, where that is known already.
 
         Returns:
             Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
         """
         offsets = self.offset_variances(logits)
         offsets = offsets / offsets.new_tensor(self.weights) ** 2
-        x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
+        if decoded is None:
+            decoded = self.apply_deltas(logits, boxes)
         # x1 = center - width / 2, and the width is the exponential of its offset.
         center = offsets[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2
-        half_size = offsets[:, 2:] * torch.stack([x2 - x1, y2 - y1], dim=1) ** 2 / 4
+        half_size = offsets[:, 2:] * (decoded[:, 2:] - decoded[:, :2]) ** 2 / 4
         return (center + half_size).repeat(1, 2)
 
 
@@ -201,13 +205,16 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
             )
         self._grid = grid
 
-    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def side_variances(
+        self, logits: torch.Tensor, boxes: torch.Tensor, decoded: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """
         As :meth:`CBBLBox2BoxTransform.side_variances`; here each offset belongs to one side.
 
         Args:
             logits: shape ``(R, 4 * G)``.
             boxes: shape ``(R, 4)``, absolute XYXY, centered at the points.
+            decoded: not needed here.
 
         Returns:
             Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.

@@ -61,7 +61,9 @@ class DistributionsPerAnchor:
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
         result = super().inference_single_image(anchors, scores, logits, image_size)
-        variances = self.box2box_transform.side_variances(result.logits, result.source_boxes)
+        variances = self.box2box_transform.side_variances(
+            result.logits, result.source_boxes, result.pred_boxes.tensor
+        )
         for field in ("logits", "source_boxes"):
             result.remove(field)
         boxes = result.pred_boxes.clone()
@@ -77,7 +79,7 @@ class DistributionsPerAnchor:
                 image_size,
             )
             variances = self.box2box_transform.side_variances(
-                candidates.logits, candidates.source_boxes
+                candidates.logits, candidates.source_boxes, candidates.pred_boxes.tensor
             )
             result.pred_boxes = Boxes(
                 variance_voting(
