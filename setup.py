@@ -52,9 +52,18 @@ SAHI_REQUIRES = [
     "shapely>=2.0.0",
 ]
 
+# tools/export_model.py --format onnx, and tools/predict.py --weights model.onnx.
+ONNX = [
+    "onnx",
+    "onnxruntime>=1.19",  # the first one built for NumPy 2
+    "torch>=2.5",  # the first one that lets one choose between its two exporters
+]
+
 EXTRAS_REQUIRE = {
     "sahi": [SAHI],  # with opencv-python: see docs/large_images.md
+    "onnx": ONNX,
     "dev": SAHI_REQUIRES
+    + ONNX
     + [
         "pytest>=7.3",  # the first one with `tmp_path_retention_policy`
         "pytest-xdist",
@@ -72,6 +81,7 @@ setup(
     author="The cbbl_d2 authors",
     license="Apache-2.0",
     packages=find_packages(include=["cbbl_d2", "cbbl_d2.*"]),
+    py_modules=["cbbl_onnx"],  # runs exported models; needs nothing of the package
     python_requires=">=3.10",  # the oldest Python that current torch and NumPy support
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -18,7 +18,7 @@ LAYERS = (
     ("evaluation", "visualization"),
     ("engine",),
     ("inference", "dataset_report"),
-    ("analysis",),
+    ("analysis", "export"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

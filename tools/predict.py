@@ -8,7 +8,8 @@ and write what it finds: pictures, COCO results, CSV, and labels that annotation
     python tools/predict.py --weights output/x/model_best.pth --dataset my_val --slice 320
     python tools/predict.py --weights output/x/model_best.pth --dataset my_val --num-images 20
 
-The config is the one that the training has stored beside the checkpoint. Written to --output:
+The config is the one that the training has stored beside the checkpoint. An ONNX file of
+tools/export_model.py (--weights model.onnx) needs none. Written to --output:
 
     pictures/            the images with the boxes drawn, beside the ground truth of a data set;
                          videos/ the same of videos
@@ -35,9 +36,10 @@ from cbbl_d2.evaluation.rules import AP_COLUMNS
 from cbbl_d2.evaluation.slices import build_prediction_evaluator
 from cbbl_d2.inference import BatchPredictor, find_classes, load_inference_config
 from cbbl_d2.inference.arguments import add_pictures, add_source, add_threshold
-from cbbl_d2.inference.classes import Classes
+from cbbl_d2.inference.classes import Classes, say_class_names
 from cbbl_d2.inference.explanation import Explanations, Target, check_targets
 from cbbl_d2.inference.folder import make_folder
+from cbbl_d2.inference.onnx_model import OnnxPredictor
 from cbbl_d2.inference.pictures import Pictures
 from cbbl_d2.inference.results import ImageResult, Results
 from cbbl_d2.inference.run import Predictor, predict_all
@@ -60,7 +62,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of the model")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="checkpoint of the model, or an ONNX file"
+    )
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -144,7 +148,8 @@ def has_metrics(args: argparse.Namespace) -> bool:
     return args.dataset is not None and args.num_images is None
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace) -> tuple[CfgNode, OnnxPredictor | None]:
+    """The config, and of an ONNX file its predictor."""
     if args.slice is None and (args.overlap is not None or args.no_whole_image):
         raise UserError("--overlap and --no-whole-image belong to --slice: give it, too")
     if args.uncertainty and args.formats and "pictures" not in args.formats:
@@ -154,20 +159,37 @@ def setup(args: argparse.Namespace) -> CfgNode:
     threshold = args.confidence_threshold
     if threshold is None and not has_metrics(args):
         threshold = THRESHOLD
-    cfg = load_inference_config(args.weights, args.config_file, args.opts, threshold, args.dataset)
+    onnx = None
+    if args.weights.endswith(".onnx"):
+        if args.config_file is not None:
+            raise UserError(f"--config-file: {args.weights} has its config in it: leave it out")
+        if args.explain:
+            raise UserError("--explain: an exported model has no distributions: give a checkpoint")
+        onnx = OnnxPredictor(args.weights)
+        if args.confidence_threshold is None and threshold is not None:
+            threshold = max(threshold, onnx.score_threshold)
+        cfg = onnx.config(args.opts, threshold, args.dataset)
+    else:
+        cfg = load_inference_config(
+            args.weights, args.config_file, args.opts, threshold, args.dataset
+        )
     if args.slice is not None and cfg.MODEL.MASK_ON:
         print("--slice: boxes without masks, which are not put together across slices")
         cfg.MODEL.MASK_ON = False
+        if onnx is not None:
+            onnx.has_masks = False
     cfg.freeze()
-    return cfg
+    return cfg, onnx
 
 
-def build_predictor(cfg: CfgNode, args: argparse.Namespace) -> Predictor:
+def build_predictor(
+    cfg: CfgNode, onnx: OnnxPredictor | None, args: argparse.Namespace
+) -> Predictor:
     if args.slice is None:
-        return BatchPredictor(cfg)
+        return onnx or BatchPredictor(cfg)
     overlap = 0.2 if args.overlap is None else args.overlap
     return build_sliced_predictor(
-        cfg, args.slice, overlap, not args.no_whole_image, args.batch_size
+        cfg, args.slice, overlap, not args.no_whole_image, args.batch_size, onnx
     )
 
 
@@ -205,16 +227,6 @@ def build_explanations(
 # -- what is printed -------------------------------------------------------------------------------
 
 
-def say_class_names(classes: Classes) -> None:
-    if classes.source:
-        print(f"Class names: {classes.source}")
-        return
-    print(
-        "The names of the classes are neither beside the checkpoint nor with a data set on this "
-        'machine: they are numbered "class 0", "class 1", ...; name them with --class-names'
-    )
-
-
 def say_earlier_files(folder: str) -> None:
     parts = {x: os.path.join(folder, x) for x in ("pictures", "videos", "yolo/labels")}
     left = [part for part, path in parts.items() if os.path.isdir(path) and os.listdir(path)]
@@ -226,11 +238,17 @@ def say_earlier_files(folder: str) -> None:
 
 
 def say_what_is_found(
-    results: list[ImageResult], folder: str, skipped: int, pictures: Pictures, limit: int
+    results: list[ImageResult],
+    folder: str,
+    skipped: int,
+    pictures: Pictures,
+    limit: int,
+    where: str,
 ) -> None:
     """
     Args:
         limit: objects that the model reports for an image at most; -1: any number.
+        where: to set another one.
     """
     objects = sum(len(r.detections) for r in results)
     notes = {"skipped": skipped, "not drawn": pictures.skipped.count}
@@ -242,8 +260,7 @@ def say_what_is_found(
     if full:
         print(
             f"{count(full, 'image has', 'images have')} {limit} objects, as many as "
-            "TEST.DETECTIONS_PER_IMAGE allows: there may be more, raise it with --opts or use "
-            "--slice"
+            f"TEST.DETECTIONS_PER_IMAGE allows: there may be more, raise it {where} or use --slice"
         )
 
 
@@ -273,14 +290,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    cfg = setup(args)
+    cfg, onnx = setup(args)
     # All that can be wrong with the command line is found before the model is built.
     source = find_source(args.input, args.dataset)
     check_targets(args.explain, source.spread(args.num_images))
-    classes = find_classes(cfg, args.class_names, args.dataset)
+    classes = find_classes(cfg, args.class_names, args.dataset, onnx and onnx.classes)
     say_class_names(classes)
     folder = args.output or os.path.join(os.path.dirname(args.weights), "predictions")
-    predictor = build_predictor(cfg, args)
+    predictor = build_predictor(cfg, onnx, args)
     make_folder(folder, source.files, ("pictures", "videos"))
     say_earlier_files(folder)
 
@@ -313,7 +330,8 @@ def run(args: argparse.Namespace) -> None:
     if explanations and explanations.written:
         print(f"Explained: {', '.join(explanations.written)}")
     limit = -1 if is_sliced else cfg.TEST.DETECTIONS_PER_IMAGE
-    say_what_is_found(found, folder, skipped, pictures, limit)
+    where = "with --opts" if onnx is None else "in the export"
+    say_what_is_found(found, folder, skipped, pictures, limit, where)
     if evaluator is not None:
         finish_metrics(evaluator, folder, args.dataset, skipped)
     elif args.dataset is not None:

@@ -59,27 +59,29 @@ def read_class_names(path: str) -> list[str]:
         raise UserError(f"{path}: must be a text file with one class name in each line") from e
 
 
-def check_class_names(path: str, dataset: str, classes: Sequence[str]) -> None:
+def check_class_names(
+    names: Sequence[str], source: str, dataset: str, classes: Sequence[str]
+) -> None:
     """
     Compare the classes that a checkpoint was trained on with those of a data set to test it on.
     Where the names differ, a warning is logged: they may mean the same.
 
     Args:
-        path: ``classes.txt`` of the checkpoint.
+        names: those of the checkpoint.
+        source: where they are from, its ``classes.txt``.
 
     Raises:
         UserError: the same names in another order: each object would count as another class.
     """
-    names = read_class_names(path)
-    if names == list(classes):
+    if list(names) == list(classes):
         return
     if sorted(names) == sorted(classes):
         raise UserError(
             f"data set {dataset} has its classes in another order ({listed(classes)}) than the "
-            f"checkpoint ({path}: {listed(names)}): give the categories of its annotation file ids "
-            "in the order of the training"
+            f"checkpoint ({source}: {listed(names)}): give the categories of its annotation file "
+            "ids in the order of the training"
         )
     logger.warning(
         f"The classes of data set {dataset} ({listed(classes)}) have other names than those of the "
-        f"checkpoint ({path}: {listed(names)}): they are compared in this order"
+        f"checkpoint ({source}: {listed(names)}): they are compared in this order"
     )

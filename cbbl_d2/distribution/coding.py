@@ -110,7 +110,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     Log-softmax over the last dimension, in at least float32; finite for finite logits, also where
     their span is not.
     """
-    log_p = F.log_softmax(_points_first(logits), dim=0).movedim(0, -1)
+    log_p = F.log_softmax(_points_first(logits), dim=0).movedim(0, logits.dim() - 1)
     return log_p.clamp(min=torch.finfo(log_p.dtype).min)
 
 
@@ -121,10 +121,10 @@ def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension, in at least float32."""
-    return F.softmax(_points_first(logits), dim=0).movedim(0, -1)
+    return F.softmax(_points_first(logits), dim=0).movedim(0, logits.dim() - 1)
 
 
 def _points_first(logits: torch.Tensor) -> torch.Tensor:
     # Half precision becomes float32; float32 and float64 stay as they are. On the CPU, torch's
     # softmax over a short last dimension takes up to ten times as long as over the first one.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(-1, 0)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(logits.dim() - 1, 0)

@@ -3,7 +3,7 @@
 import os
 from typing import Any, Callable, Dict, Sequence
 
-from cbbl_d2.data.class_names import check_class_names, class_names_beside
+from cbbl_d2.data.class_names import check_class_names, class_names_beside, read_class_names
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -44,7 +44,7 @@ def evaluate_weights(
     for name in test_sets if classes_file else ():
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes:
-            check_class_names(classes_file, name, classes)
+            check_class_names(read_class_names(classes_file), classes_file, name, classes)
     results = test(model)
     if comm.is_main_process():
         # The same keys as in training; the iteration is that of the checkpoint.

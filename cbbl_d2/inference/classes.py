@@ -40,17 +40,21 @@ class Classes:
 
 
 def find_classes(
-    cfg: CfgNode, given: Sequence[str] | None = None, dataset: str | None = None
+    cfg: CfgNode,
+    given: Sequence[str] | None = None,
+    dataset: str | None = None,
+    stored: "Classes | None" = None,
 ) -> Classes:
     """
-    In this order: the names given; ``classes.txt`` beside the checkpoint; the data sets of the
-    config, as far as they are registered or their annotation file can be read. Failing all,
-    "class 0", "class 1", ...
+    In this order: the names given; those in the model's file; ``classes.txt`` beside the
+    checkpoint; the data sets of the config, as far as they are registered or their annotation file
+    can be read. Failing all, "class 0", "class 1", ...
 
     Args:
         cfg: from :func:`cbbl_d2.inference.load_inference_config`.
         given: the names, or one text file with a name in each line.
         dataset: name of the data set to predict on, asked before those of the config.
+        stored: what the model's file says, which a checkpoint does not.
 
     Raises:
         UserError: the names given, or those in ``classes.txt``, are too many, too few or twice the
@@ -62,7 +66,9 @@ def find_classes(
     file = class_names_beside(cfg.MODEL.WEIGHTS)
     if given:
         file = given[0] if len(given) == 1 and os.path.isfile(given[0]) else None
-    if file is not None:
+    if stored is not None and not given:
+        names, source = list(stored.names), stored.source
+    elif file is not None:
         names, source = read_class_names(file), file
     if names is not None:
         if number is not None and len(names) != number:
@@ -89,12 +95,24 @@ def find_classes(
         if names is None:
             names, source = classes, f"data set {name}"
         elif dataset and not given:
-            check_class_names(source, name, classes)
+            check_class_names(names, source, name, classes)
         # Maybe names of one's own, but what the data set knows besides them.
         return Classes(tuple(names), ids, source, _metadata(names, name))
     if names is None:
         names = [f"class {i}" for i in range(number or 0)]
-    return Classes(tuple(names), tuple(range(1, len(names) + 1)), source, _metadata(names))
+    ids = stored.ids if stored is not None else tuple(range(1, len(names) + 1))
+    return Classes(tuple(names), ids, source, _metadata(names))
+
+
+def say_class_names(classes: Classes) -> None:
+    """Print where they are from."""
+    if classes.source:
+        print(f"Class names: {classes.source}")
+        return
+    print(
+        "The names of the classes are neither beside the checkpoint nor with a data set on this "
+        'machine: they are numbered "class 0", "class 1", ...; name them with --class-names'
+    )
 
 
 def _of_dataset(name: str) -> tuple[list[str], tuple[int, ...]] | None:

@@ -13,6 +13,15 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 
+def check_input_format(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: another ``INPUT.FORMAT`` than RGB or BGR.
+    """
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
+
+
 class BatchPredictor:
     """
     Detectron2's ``DefaultPredictor`` for batches, with a check that the weights fit the model.
@@ -28,8 +37,7 @@ class BatchPredictor:
             ConfigError: another ``INPUT.FORMAT`` than RGB or BGR.
             UserError: the weights cannot be read or do not fit.
         """
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise ConfigError(f"INPUT.FORMAT = {cfg.INPUT.FORMAT!r}: must be RGB or BGR")
+        check_input_format(cfg)
         self.model = build_model(with_num_classes(cfg, eval_only=True)).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS)
         self.device = cfg.MODEL.DEVICE

@@ -3,6 +3,7 @@
 from cbbl_d2.errors import UserError
 from detectron2.config import CfgNode
 
+from .onnx_model import OnnxPredictor
 from .predictor import BatchPredictor
 from .run import Predictor
 
@@ -22,7 +23,12 @@ def sahi_is_missing(what: str, error: ModuleNotFoundError) -> UserError:
 
 
 def build_sliced_predictor(
-    cfg: CfgNode, slice_size: int, overlap: float, whole_image: bool, batch_size: int
+    cfg: CfgNode,
+    slice_size: int,
+    overlap: float,
+    whole_image: bool,
+    batch_size: int,
+    predictor: OnnxPredictor | None = None,
 ) -> Predictor:
     """
     A :class:`cbbl_d2.inference.sliced.SlicedPredictor`; prints a line where the config resizes the
@@ -32,6 +38,7 @@ def build_sliced_predictor(
         cfg: with ``MODEL.MASK_ON`` False.
         slice_size: side of the slices, pixels.
         overlap: share of a slice.
+        predictor: what is run on each slice; None: the checkpoint of the config.
 
     Raises:
         UserError: sahi is not installed, or the weights do not fit.
@@ -52,4 +59,6 @@ def build_sliced_predictor(
             f"--slice {short_side}, or --opts INPUT.MIN_SIZE_TEST 0, keeps small objects as they "
             "are"
         )
-    return SlicedPredictor(BatchPredictor(cfg), slice_size, overlap, batch_size, whole_image)
+    return SlicedPredictor(
+        predictor or BatchPredictor(cfg), slice_size, overlap, batch_size, whole_image
+    )

@@ -1,6 +1,6 @@
 """From boxes to offsets and from logits over a grid back to boxes."""
 
-from typing import Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from cbbl_d2.distribution import expectation, gaussian_variance, probabilities, variance
@@ -80,16 +80,19 @@ class _GridDecoder:
 
     def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
         """From shape ``(R, k * 4 * G)`` to ``(R, k * 4, G)``."""
-        num_regions, width = logits.shape
+        # In tracing these are tensors. The width is the layer's and may become a number; with it a
+        # tensor, onnxruntime would write the shape with a -1, which is ambiguous for zero regions.
+        num_regions, width = logits.shape[0], int(logits.shape[1])
         if width % (4 * self.num_points) != 0:
             raise ValueError(
                 f"logits of width {width} do not fit a grid of {self.num_points} points: "
                 f"need a multiple of {4 * self.num_points}"
             )
-        # Explicit sizes: -1 is ambiguous for zero regions.
         return logits.reshape(num_regions, width // self.num_points, self.num_points)
 
-    def side_variances(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def side_variances(
+        self, logits: torch.Tensor, boxes: torch.Tensor, decoded: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """
         Variance of each side of the boxes that :meth:`apply_deltas` returns: that of the predicted
         distributions, carried to the sides. It holds the variance that a two-hot code has between
@@ -98,21 +101,24 @@ class _GridDecoder:
         Args:
             logits: shape ``(R, 4 * G)``.
             boxes: shape ``(R, 4)``, absolute XYXY.
+            decoded: what :meth:`apply_deltas` returns for them, where that is known already.
 
         Returns:
             Tensor: shape ``(R, 4)``, for x1, y1, x2, y2; square pixels, float32.
         """
         offsets = variance(self._distributions(logits), self.grid_like(logits))
-        return self._to_sides(offsets, logits, boxes)
+        return self._to_sides(offsets, logits, boxes, decoded)
 
-    def side_deviations(self, logits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def side_deviations(
+        self, logits: torch.Tensor, boxes: torch.Tensor, decoded: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """
         How unsure the head is of each side: as the square root of :meth:`side_variances` without
         what the code adds, see :func:`cbbl_d2.distribution.gaussian_variance`, times
         ``std_scale``. Pixels.
         """
         offsets = gaussian_variance(self._distributions(logits), self.grid_like(logits))
-        sides = self._to_sides(offsets, logits, boxes).sqrt()
+        sides = self._to_sides(offsets, logits, boxes, decoded).sqrt()
         return sides * sides.new_tensor(self._std_scale)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
@@ -132,7 +138,11 @@ class _GridDecoder:
         raise NotImplementedError
 
     def _to_sides(
-        self, variances: torch.Tensor, logits: torch.Tensor, boxes: torch.Tensor
+        self,
+        variances: torch.Tensor,
+        logits: torch.Tensor,
+        boxes: torch.Tensor,
+        decoded: Optional[torch.Tensor],
     ) -> torch.Tensor:
         """From the variances of the offsets to those of the sides, both of shape ``(R, 4)``."""
         raise NotImplementedError
@@ -174,14 +184,15 @@ class CBBLBox2BoxTransform(_GridDecoder, Box2BoxTransform):
         scaled = sizes * offsets[2:].clamp(max=self.scale_clamp).exp()
         return torch.cat((shifted, scaled), dim=1)
 
-    def _to_sides(self, variances, logits, boxes):
+    def _to_sides(self, variances, logits, boxes, decoded):
         # To first order, and as if the four offsets were independent.
         variances = variances / variances.new_tensor(self.weights) ** 2
         boxes = boxes.float()  # squares of pixels do not fit into float16
-        x1, y1, x2, y2 = self.apply_deltas(logits, boxes).unbind(dim=1)
+        if decoded is None:
+            decoded = self.apply_deltas(logits, boxes)
         # x1 = center - width / 2, and the width is the exponential of its offset.
         center = variances[:, :2] * (boxes[:, 2:] - boxes[:, :2]) ** 2
-        half_size = variances[:, 2:] * torch.stack([x2 - x1, y2 - y1], dim=1) ** 2 / 4
+        half_size = variances[:, 2:] * (decoded[:, 2:] - decoded[:, :2]) ** 2 / 4
         return (center + half_size).repeat(1, 2)
 
 
@@ -226,7 +237,7 @@ class CBBLBox2BoxTransformLinear(_GridDecoder, Box2BoxTransformLinear):
         signs = boxes.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
         return centers.repeat(1, 2)[..., None] + signs * distances
 
-    def _to_sides(self, variances, logits, boxes):
+    def _to_sides(self, variances, logits, boxes, decoded):
         # Each offset belongs to one side.
         if not self.normalize_by_size:
             return variances

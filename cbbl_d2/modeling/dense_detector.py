@@ -6,6 +6,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from .box_voting import variance_voting, voting_variances
+from .logits_on_demand import LogitsOnDemand
 from .uncertainty import set_uncertainty
 
 """
@@ -40,9 +41,19 @@ class DistributionsPerAnchor:
     keeps_distributions = False  # see set_uncertainty()
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
-        num_classes, box_dim, *others = dims_per_anchor
+        scores, logits, *others = predictions
+        num_classes, box_dim, *other_dims = dims_per_anchor
+        on_demand = isinstance(logits[0], LogitsOnDemand)
+        if on_demand and self.training:  # with layers in evaluation mode
+            logits, on_demand = [x.dense() for x in logits], False
+        if on_demand:
+            scores, *others = super()._transpose_dense_predictions(
+                [scores, *others], [num_classes, *other_dims]
+            )
+            return [scores, logits, *others]
         return super()._transpose_dense_predictions(
-            predictions, [num_classes, box_dim * self.box2box_transform.num_points, *others]
+            [scores, logits, *others],
+            [num_classes, box_dim * self.box2box_transform.num_points, *other_dims],
         )
 
     def inference_single_image(self, anchors, scores, logits, image_size) -> Instances:
@@ -56,6 +67,7 @@ class DistributionsPerAnchor:
             self.box2box_transform,
             result.logits,
             result.source_boxes,
+            result.pred_boxes.tensor,
             self.keeps_distributions,
         )
         for field in ("logits", "source_boxes"):
@@ -70,7 +82,7 @@ class DistributionsPerAnchor:
                 image_size,
             )
             variances = self.box2box_transform.side_variances(
-                candidates.logits, candidates.source_boxes
+                candidates.logits, candidates.source_boxes, candidates.pred_boxes.tensor
             )
             result.pred_boxes = Boxes(
                 variance_voting(

@@ -160,28 +160,32 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         for result, kept_i, boxes_i, scores_i, logits_i, p in zip(
             results, kept, boxes, scores, logits, proposals
         ):
+            regions = boxes_i, scores_i, logits_i, p.proposal_boxes.tensor
             # fast_rcnn_inference leaves out what is not finite before it counts.
             finite = torch.isfinite(boxes_i).all(dim=1) & torch.isfinite(scores_i).all(dim=1)
-            proposal_boxes = p.proposal_boxes.tensor[finite]
-            self._add_uncertainty(
-                result, kept_i, scores_i[finite], logits_i[finite], proposal_boxes
-            )
+            if not finite.all():
+                regions = [x[finite] for x in regions]
+            self._add_uncertainty(result, kept_i, *regions)
         return results, kept
 
-    def _add_uncertainty(self, result: Instances, regions, scores, logits, proposal_boxes) -> None:
+    def _add_uncertainty(
+        self, result: Instances, regions, region_boxes, scores, logits, proposal_boxes
+    ) -> None:
         """
         Set ``pred_boxes_std``, and vote.
 
         Args:
             result: D detections of one image; changed in place.
             regions: the ROI of each detection, shape ``(D,)``.
-            scores, logits, proposal_boxes: of the Ri ROIs of the image.
+            region_boxes: decoded, of the Ri ROIs of the image: ``(Ri, 4)`` or ``(Ri, K * 4)``.
+            scores, logits, proposal_boxes: of these ROIs.
         """
         set_uncertainty(
             result,
             self.box2box_transform,
             self._logits_of_class(logits[regions], result.pred_classes),
             proposal_boxes[regions],
+            self._of_class(region_boxes[regions], result.pred_classes, 4),
             self.keeps_distributions,
         )
         if self.voting_sigma == 0:
@@ -209,18 +213,23 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         return logits.shape[1] == 4 * self.box2box_transform.num_points
 
     def _logits_of_class(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """:meth:`_of_class` for logits: shape ``(R, 4 * G)``."""
+        return self._of_class(logits, classes, 4 * self.box2box_transform.num_points)
+
+    def _of_class(self, values: torch.Tensor, classes: torch.Tensor, width: int) -> torch.Tensor:
         """
         Args:
-            logits: of some ROIs, shape ``(R, 4 * G)`` or ``(R, K * 4 * G)``.
+            values: of some ROIs, shape ``(R, width)`` or ``(R, K * width)``.
             classes: shape ``(R,)``, in ``[0, K)``.
 
         Returns:
-            Tensor: shape ``(R, 4 * G)``.
+            Tensor: shape ``(R, width)``.
         """
-        if self._is_class_agnostic(logits):
-            return logits
-        regions = torch.arange(logits.shape[0], device=logits.device)
-        return logits.unflatten(1, (self.num_classes, -1))[regions, classes]
+        if values.shape[1] == width:
+            return values
+        regions = torch.arange(values.shape[0], device=values.device)
+        # No -1, which is ambiguous for zero regions.
+        return values.unflatten(1, (self.num_classes, width))[regions, classes]
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """
@@ -234,7 +243,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         num_classes = self.num_classes
         region, class_ = nonzero_tuple(scores[:, :num_classes] > self.test_score_thresh)
-        logits = logits.unflatten(1, (num_classes, -1))[region, class_]
+        num_logits = 4 * self.box2box_transform.num_points
+        logits = logits.unflatten(1, (num_classes, num_logits))[region, class_]
         boxes = proposal_boxes.float()[:, None].repeat(1, num_classes, 1)
         boxes[region, class_] = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
         return boxes.flatten(1)

@@ -141,7 +141,9 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
         )
         self.localization_loss = localization_loss or LocalizationLoss()
         self.voting_sigma = voting_sigma
-        head.bbox_pred = distribution_layer(head.bbox_pred, box2box_transform, weight_std=0.01)
+        head.bbox_pred = distribution_layer(
+            head.bbox_pred, box2box_transform, weight_std=0.01, on_demand=True
+        )
 
     @classmethod
     def from_config(cls, cfg):

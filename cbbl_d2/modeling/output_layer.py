@@ -3,9 +3,16 @@
 from cbbl_d2.distribution import gaussian_logits
 from torch import nn
 
+from .logits_on_demand import ConvOnDemand
+
 
 def distribution_layer(
-    layer: nn.Module, transform, *, weight_std: float, init_std: float = 0.0
+    layer: nn.Module,
+    transform,
+    *,
+    weight_std: float,
+    init_std: float = 0.0,
+    on_demand: bool = False,
 ) -> nn.Module:
     """
     A new layer with G outputs, the logits of the grid points, where ``layer`` has one, an offset.
@@ -18,6 +25,7 @@ def distribution_layer(
             both start alike.
         init_std: width of the distribution that the untrained layer predicts, see
             :func:`cbbl_d2.distribution.gaussian_logits`; 0: the uniform distribution.
+        on_demand: of a convolution, whether it is a :class:`ConvOnDemand`.
 
     Raises:
         TypeError: another kind of layer.
@@ -27,7 +35,9 @@ def distribution_layer(
         new = nn.Linear(layer.in_features, layer.out_features * num_points)
     elif isinstance(layer, nn.Conv2d):
         window = layer.kernel_size, layer.stride, layer.padding
-        new = nn.Conv2d(layer.in_channels, layer.out_channels * num_points, *window)
+        kind = ConvOnDemand if on_demand else nn.Conv2d
+        new = kind(layer.in_channels, layer.out_channels * num_points, *window)
+        new.num_anchors = layer.out_channels // 4
     else:
         raise TypeError(f"cannot put a distribution in the place of {type(layer).__name__}")
     # Persistent: in a checkpoint it tells weights for this grid from those for another one, or for

@@ -58,7 +58,11 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         self.voting_sigma = voting_sigma
         self.box_reg_loss_weight = box_reg_loss_weight
         head.bbox_pred = distribution_layer(
-            head.bbox_pred, box2box_transform, weight_std=0.01, init_std=init_std
+            head.bbox_pred,
+            box2box_transform,
+            weight_std=0.01,
+            init_std=init_std,
+            on_demand=True,
         )
 
     @classmethod

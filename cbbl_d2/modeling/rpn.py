@@ -119,7 +119,7 @@ class CBBLRPN(RPN):
             else:
                 num_kept = min(num_anchors, pre_nms_topk)
             scores_l, kept = scores_l.topk(num_kept, dim=1)  # (N, num_kept)
-            logits_l = torch.take_along_dim(logits_l, kept[:, :, None], dim=1)
+            logits_l = logits_l.gather(1, kept[:, :, None].expand(-1, -1, logits_l.shape[2]))
             boxes = self.box2box_transform.apply_deltas(
                 logits_l.flatten(0, 1), anchors_l.tensor[kept.flatten()]
             )

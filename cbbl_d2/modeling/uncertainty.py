@@ -17,6 +17,7 @@ def set_uncertainty(
     transform,
     logits: torch.Tensor,
     source_boxes: torch.Tensor,
+    decoded: torch.Tensor,
     keeps_distributions: bool,
 ) -> None:
     """
@@ -33,12 +34,12 @@ def set_uncertainty(
         transform: :class:`CBBLBox2BoxTransform` or :class:`CBBLBox2BoxTransformLinear`.
         logits, source_boxes: what the boxes were decoded from, shapes ``(D, 4 * G)`` and
             ``(D, 4)``, XYXY.
+        decoded: the boxes as decoded, shape ``(D, 4)``.
     """
     boxes = result.pred_boxes.clone()
     boxes.clip(result.image_size)  # as they will be
-    boxes = boxes.tensor
-    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
-    result.pred_boxes_std = transform.side_deviations(logits, source_boxes) / sizes
+    deviations = transform.side_deviations(logits, source_boxes, decoded)
+    result.pred_boxes_std = relative_std(deviations, boxes.tensor)
     if keeps_distributions:
         height, width = result.image_size
         coordinates = transform.coordinates(source_boxes)
@@ -46,6 +47,28 @@ def set_uncertainty(
         result.offset_coordinates = (
             coordinates / coordinates.new_tensor([width, height] * 2)[:, None]
         )
+
+
+def relative_std(deviations: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`std_in_pixels`."""
+    return deviations / _sizes(boxes)
+
+
+def std_in_pixels(relative: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        relative: the field ``pred_boxes_std``, shape ``(D, 4)``.
+        boxes: of the same detections, shape ``(D, 4)``, XYXY.
+
+    Returns:
+        Tensor: standard deviations of the sides, shape ``(D, 4)``, pixels.
+    """
+    return relative * _sizes(boxes)
+
+
+def _sizes(boxes: torch.Tensor) -> torch.Tensor:
+    """Width, height, width, height, shape ``(D, 4)``; never 0."""
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).repeat(1, 2)
 
 
 def keep_distributions(model: nn.Module) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 import importlib.util
-import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +11,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from tests.modeling.detectors import (  # noqa: E402
-    DETECTORS,
-    build,
-    config,
-    localization_layers,
-    set_score_threshold,
-)
+from cbbl_d2.export import to_torchscript  # noqa: E402
+
+from tests.export.models import TracingAdapter, busy_model, images, needs_export  # noqa: E402
+from tests.modeling.detectors import config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-SIZES = ((96, 128), (64, 200), (150, 110))
-
-try:
-    from detectron2.export import TracingAdapter
-except ImportError as e:
-    TracingAdapter = None
-    reason = f"this Detectron2 cannot export: detectron2.export: {e}"
-else:
-    reason = ""
-# Half of the time: `make test` exports one detector, with and without the command.
-slow = pytest.mark.slow
-needs_export = pytest.mark.skipif(TracingAdapter is None, reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -42,84 +27,9 @@ def tool():
     return module
 
 
-def busy_model(name):
-    """Random weights that find dozens of objects, of scores that differ."""
-    model = build(name).eval()
-    torch.manual_seed(0)
-    for layer in localization_layers(name, model):
-        torch.nn.init.normal_(layer.weight, std=0.05)
-    for module_name, module in model.named_modules():
-        if module_name.endswith("cls_score"):
-            torch.nn.init.normal_(module.weight, std=0.03)  # with more, many scores would be 1
-    set_score_threshold(model, 0.02 if name == "fcos" else 0.1)
-    return model
-
-
-def images():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(3, *size, generator=generator) * 255 for size in SIZES]
-
-
-@needs_export
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x == "faster" else slow) for x in DETECTORS]
-)
-def test_the_exported_model_finds_what_the_original_finds(tool, name):
-    model, examples = busy_model(name), images()
-    exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, examples[0])))
-    num_objects = 0
-    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing takes seconds
-        for image in examples:
-            expected, found = tool.detect(model, image), exported(image)
-            assert list(expected)[:3] == ["pred_boxes", "scores", "pred_classes"]
-            assert ("pred_masks" in expected) == (name == "mask")
-            assert ("pred_keypoints" in expected) == (name == "keypoint")
-            # Otherwise their order, and what NMS chooses, would be arbitrary.
-            assert expected["scores"].unique().numel() == len(expected["scores"])
-            for a, b in zip(found, expected.values(), strict=True):
-                assert torch.allclose(a, b, rtol=0, atol=1e-3)
-            num_objects += len(expected["scores"])
-    assert num_objects > 40
-
-
-@slow
-@needs_export
-@pytest.mark.filterwarnings("ignore")
-def test_any_number_of_proposals(tool):
-    """Not only as many as the image had that was traced."""
-    model, examples = busy_model("faster_class_specific"), images()
-    model.proposal_generator.post_nms_topk[False] = 10000  # never reached
-    exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, examples[0])))
-    with torch.no_grad(), torch.jit.optimized_execution(False):
-        for image in examples:
-            expected, found = tool.detect(model, image), exported(image)
-            assert len(expected["scores"]) > 5
-            assert torch.allclose(found[0], expected["pred_boxes"], rtol=0, atol=1e-3)
-
-
-@slow
-@needs_export
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_that_finds_nothing_in_the_traced_image(tool):
-    """The way through the code is that of the traced image; it must lead to objects as well."""
-    model, (_, image, _) = busy_model("mask"), images()
-    nothing = torch.zeros(3, 96, 128)
-    with torch.no_grad():
-        set_score_threshold(model, tool.detect(model, nothing)["scores"].max().item())
-        assert len(tool.detect(model, nothing)["scores"]) == 0
-    exported = torch.jit.load(io.BytesIO(tool.trace(TracingAdapter, model, nothing)))
-    assert tool.compare(model, exported, [nothing]) == (0, 0.0)
-    num_objects, largest = tool.compare(model, exported, [image])
-    assert num_objects > 5 and largest <= 1e-3
-
-
-# -- the command -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run(tool, tmp_path):
-    """``run(arguments)``: the tool with a small Faster R-CNN, to ``tmp_path/model.ts``."""
+    """``run(arguments)``: the tool with a small Faster R-CNN, to ``tmp_path/model.ts`` by default."""
     config_file, weights = tmp_path / "config.yaml", tmp_path / "model.pth"
     cfg = config("faster")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.1
@@ -141,7 +51,7 @@ def error(run, capsys, tmp_path):
         with pytest.raises(SystemExit) as e:
             run(*args)
         assert e.value.code == 1
-        assert not list(tmp_path.glob("*.ts*"))
+        assert not list(tmp_path.glob("*.ts*")) and not list(tmp_path.glob("*.onnx*"))
         lines = capsys.readouterr().err.strip().splitlines()
         assert sum(x.startswith("error: ") for x in lines) == 1
         return lines[-1]
@@ -156,14 +66,14 @@ def test_the_file_runs_without_detectron2(run, tmp_path, capsys):
     run("--image", tmp_path / "photo.png")
     out = capsys.readouterr().out
     assert "images of 96x128, 72x160, 120x96 px: the same " in out
-    assert "boxes, scores, classes = model(image)" in out and "BGR" in out
+    assert "boxes, scores, classes, deviations = model(image)" in out and "BGR" in out
 
     script = f"""
 import sys, torch, torchvision
 model = torch.jit.load({str(tmp_path / "model.ts")!r})
 with torch.no_grad(), torch.jit.optimized_execution(False):
-    boxes, scores, classes = model(torch.rand(3, 88, 120) * 255)
-assert boxes.shape == (len(scores), 4) and len(classes) == len(scores) > 10
+    boxes, scores, classes, deviations = model(torch.rand(3, 88, 120) * 255)
+assert boxes.shape == deviations.shape == (len(scores), 4) and len(classes) == len(scores) > 10
 assert not any(x.startswith(("detectron2", "cbbl_d2")) for x in sys.modules)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path)
@@ -184,8 +94,8 @@ def test_sizes_and_noise(run, capsys):
 def test_a_file_that_differs_from_the_model_is_not_written(tool, error, monkeypatch):
     other = busy_model("faster")
     torch.nn.init.normal_(other.roi_heads.box_predictor.bbox_pred.bias, std=1.0)
-    content = tool.trace(TracingAdapter, other, images()[0])
-    monkeypatch.setattr(tool, "trace", lambda *args: content)
+    content = to_torchscript(other, images()[0])
+    monkeypatch.setattr(tool, "to_torchscript", lambda *args: content)
     assert "nothing written: on an image of 96x128 px" in error()
 
 
@@ -216,3 +126,55 @@ def test_a_detectron2_that_cannot_export(error, monkeypatch):
         monkeypatch.setitem(sys.modules, "detectron2.export", None)
     line = error()
     assert "this Detectron2 cannot export" in line and "main branch" in line
+
+
+# -- ONNX ------------------------------------------------------------------------------------------
+
+
+@needs_export
+def test_the_onnx_file_runs_without_torch(run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(tmp_path / "photo.png"), picture)
+    names = ["one", "two", "three", "four", "five"]
+    output = ["--output", tmp_path / "model.onnx"]
+    run(*output, "--image", tmp_path / "photo.png", "--class-names", *names)
+    out = capsys.readouterr().out
+    assert "Class names: --class-names" in out
+    assert "images of 96x128, 72x160, 120x96 px: the same " in out and "scores within" in out
+    assert f"python -m cbbl_onnx {tmp_path / 'model.onnx'} photo.jpg" in out
+    assert "boxes, scores, classes, deviations, names" in out
+
+    (tmp_path / "cbbl_onnx.py").write_bytes((ROOT / "cbbl_onnx.py").read_bytes())
+    script = f"""
+import sys
+others = ("torch", "torchvision", "cv2", "onnx", "detectron2", "cbbl_d2")
+sys.modules.update(dict.fromkeys(others))
+import cbbl_onnx
+assert cbbl_onnx.__file__ == {str(tmp_path / "cbbl_onnx.py")!r}
+cbbl_onnx.main(["model.onnx", "photo.png", "--json", "--score-threshold", "0.1"])
+"""
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    found = json.loads(printed.stdout)
+    assert found["image"] == "photo.png" and len(found["detections"]) > 10
+    assert {x["name"] for x in found["detections"]} <= set(names)
+
+    output = ["--output", tmp_path / "model.bin", "--format", "onnx"]
+    run(*output, "--size", "64", "64", "--class-names", *names)
+    assert (tmp_path / "model.bin").stat().st_size > 10**5
+
+
+@needs_export
+def test_class_names_for_a_format_that_has_none(error):
+    assert "--class-names" in error("--class-names", "a", "b")
+
+
+@needs_export
+def test_wrong_arguments_for_onnx(error, tmp_path):
+    output = ["--output", tmp_path / "model.onnx"]
+    assert "2 names (a, b), but the model has 5" in error(*output, "--class-names", "a", "b")
+    opts = ["--opts", "INPUT.FORMAT", "L"]
+    assert "INPUT.FORMAT = 'L': must be RGB or BGR" in error(*output, *opts)
+    opts = ["--opts", "MODEL.META_ARCHITECTURE", "ProposalNetwork"]
+    assert "ProposalNetwork: only models that find objects" in error(*output, *opts)

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from cbbl_d2.modeling.logits_on_demand import ConvOnDemand  # noqa: E402
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K  # noqa: E402
+
+
+@pytest.mark.parametrize("num_anchors", [1, 3])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (5, 3)])
+def test_logits_are_those_of_the_convolution(num_anchors, kernel):
+    torch.manual_seed(0)
+    padding = tuple(k // 2 for k in kernel)
+    layer = ConvOnDemand(6, num_anchors * 8, kernel, padding=padding).double()
+    layer.num_anchors = num_anchors
+    features = torch.randn(2, 6, 4, 7, dtype=torch.float64)
+    dense = layer(features)
+    assert isinstance(dense, torch.Tensor)
+    all_logits = permute_to_N_HWA_K(dense, 8)
+
+    lazy = layer.eval()(features)
+    torch.testing.assert_close(lazy.dense(), dense)
+    anchors = torch.randperm(all_logits.shape[1])
+    for image in range(2):
+        torch.testing.assert_close(lazy[image][anchors], all_logits[image][anchors])
+        assert lazy[image][anchors[:0]].shape == (0, 8)
+
+
+def test_gradients_are_those_of_the_convolution():
+    torch.manual_seed(0)
+    layer = ConvOnDemand(4, 8, 3, padding=1).double()
+    layer.num_anchors = 1
+    features = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    anchors = torch.tensor([0, 14, 7, 7])
+    logits = permute_to_N_HWA_K(layer(features), 8)[0][anchors]
+    expected = torch.autograd.grad(logits.square().sum(), [features, layer.weight, layer.bias])
+    logits = layer.eval()(features)[0][anchors]
+    found = torch.autograd.grad(logits.square().sum(), [features, layer.weight, layer.bias])
+    torch.testing.assert_close(found, expected)
