@@ -46,7 +46,7 @@ def gaussian_variance(logits: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         p = probabilities(logits)
         mean = (p * grid).sum(dim=-1)
         # Points first: sums over a short last dimension are slow on the CPU.
-        p, points = p.movedim(-1, 0), grid.reshape(-1, *[1] * mean.dim())
+        p, points = p.movedim(mean.dim(), 0), grid.reshape(-1, *[1] * mean.dim())
         total = (p * (points - mean) ** 2).sum(dim=0)
         # variance(p) - (m - y_l) * (y_r - m) is the least over all intervals of the mean of
         # (y - y_l) * (y - y_r): of terms >= 0, where the difference of the two would be rounding.
