@@ -169,7 +169,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         Args:
             result: D detections of one image; changed in place.
             regions: the ROI of each detection, shape ``(D,)``.
-            region_boxes: of the Ri ROIs of the image, decoded, shape ``(Ri, 4)`` or ``(Ri, K * 4)``.
+            region_boxes: what the Ri ROIs of the image were decoded to, shape ``(Ri, 4)`` or
+                ``(Ri, K * 4)``.
             scores, logits, proposal_boxes: of these ROIs.
         """
         variances = self.box2box_transform.side_variances(
