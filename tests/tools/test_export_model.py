@@ -29,7 +29,7 @@ def tool():
 
 @pytest.fixture
 def run(tool, tmp_path):
-    """``run(arguments)``: the tool with a small Faster R-CNN, to ``tmp_path/model.ts`` by default."""
+    """``run(arguments)``: the tool with a small Faster R-CNN, to ``tmp_path/model.ts``."""
     config_file, weights = tmp_path / "config.yaml", tmp_path / "model.pth"
     cfg = config("faster")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.1
