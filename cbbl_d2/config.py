@@ -172,8 +172,8 @@ def add_cbbl_config(cfg: CN) -> None:
     # others wait for it. (On GPUs PyTorch's 30 minutes hold where Detectron2 gathers objects.)
     _C.SOLVER.PROCESS_TIMEOUT = 60
 
-    # After how many evaluations (TEST.EVAL_PERIOD) in a row of which none was better than the best
-    # one before the training ends. 0: it never ends early.
+    # The training ends after this many evaluations (TEST.EVAL_PERIOD) in a row that were not better
+    # than the best one before, by TEST.BEST_METRIC. 0: it never ends early.
     _C.SOLVER.EARLY_STOPPING = 0
 
     # ---------------------------------------------------------------------------- #

@@ -49,11 +49,9 @@ class Training:
         a config that Detectron2 scales, the file has the number of iterations before scaling.)
         """
         is_scaled = self.settings.get("SOLVER.REFERENCE_WORLD_SIZE", 0) != 0
-        has_stopped = stopped_early_after(
-            [{**row, "iteration": iteration} for iteration, row in self.rows.items()]
-        )
-        enough = has_stopped or self.max_iter or 0
-        is_long_enough = is_scaled or self.last_iteration >= enough
+        rows = [{**row, "iteration": i} for i, row in self.rows.items()]
+        last = stopped_early_after(rows) or self.max_iter or 0
+        is_long_enough = is_scaled or self.last_iteration >= last
         return is_long_enough and os.path.isfile(os.path.join(self.folder, "model_final.pth"))
 
     @property

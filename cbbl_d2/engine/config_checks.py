@@ -119,7 +119,7 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
 
 def _check_best_metric(cfg: CfgNode) -> None:
     metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING
-    if "val" in metric.split("/")[:-1] and not cfg.TEST.LOSS:
+    if metric.split("/")[-2:-1] == ["val"] and not cfg.TEST.LOSS:
         raise ConfigError(f"TEST.BEST_METRIC = {metric}: needs TEST.LOSS True, which measures it")
     if patience > 0 and not cfg.DATASETS.TEST:
         raise ConfigError(

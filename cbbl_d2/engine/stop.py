@@ -110,9 +110,10 @@ class StopOnRequest(HookBase):
             Stopped: in every process, after the checkpoint has been written.
         """
         trainer = self.trainer
-        if trainer.iter + 1 < trainer.max_iter:  # else the last checkpoint comes anyway
-            self._resume_state.gather()
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        is_last = trainer.iter + 1 >= trainer.max_iter
+        name = "model_final" if is_last else f"model_{trainer.iter:07d}"
+        self._resume_state.gather()
+        trainer.checkpointer.save(name, iteration=trainer.iter)
         # The first process that ends takes the others with it.
         comm.synchronize()
         raise Stopped(

@@ -70,6 +70,14 @@ def test_last_and_best_evaluation(training):
     assert cells(text, "b")[-1] == "20 of 60, not finished"
 
 
+def test_what_has_stopped_early_is_finished(training):
+    lines = [loss(19, 2.0), evaluation(19, 50.0), {"iteration": 20, "stopped_early_after": 20.0}]
+    assert read_training(training("early", lines, config(0.1))).is_finished
+    assert not read_training(training("not_yet", lines[:2], config(0.1))).is_finished
+    trained_on = [*lines, loss(29, 1.0)]
+    assert not read_training(training("trained_on", trained_on, config(0.1))).is_finished
+
+
 def test_only_the_settings_that_differ_are_listed(training):
     a = training("a", [loss(19, 1.0)], config(0.1, SEED=1, MODEL={"X": [8, 16], "ONLY": 1}))
     b = training("b", [loss(19, 1.0)], config(0.2, SEED=1, MODEL={"X": [8, 32]}))

@@ -240,6 +240,11 @@ def test_what_makes_no_sense_is_refused(cfg, words, message):
     check_engine_config(cfg, eval_only=True)
 
 
+def test_a_data_set_may_be_called_val(cfg):
+    cfg.TEST.BEST_METRIC = "val/bbox/AP"
+    check_engine_config(cfg)
+
+
 class _Loop(TrainerBase):
     """A training that does nothing, and stops as CBBLTrainer does."""
 

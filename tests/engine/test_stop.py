@@ -82,6 +82,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(cfg, tmp_path,
     assert losses(cfg)[20] == losses(whole)[20]
 
 
+def test_a_signal_in_the_last_iteration_loses_nothing(cfg):
+    cfg.SOLVER.MAX_ITER = 2
+    with pytest.raises(Stopped, match="after iteration 1"):
+        train(cfg, Signal(1, signal.SIGTERM))
+    assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
+    trainer = CBBLTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+
+
 def test_an_evaluation_is_not_awaited(cfg, monkeypatch):
     cfg.DATASETS.TEST = ("small_shapes_mini_val",)
     cfg.TEST.EVAL_PERIOD = 3
