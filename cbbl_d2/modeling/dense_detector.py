@@ -4,12 +4,12 @@ from typing import Dict, List
 
 import torch
 from cbbl_d2.compat import box_tensors
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 
 from .box_regression import relative_std
 from .box_voting import variance_voting, voting_variances
 from .localization_loss import pick_foreground
+from .output_layer import OutputsOnDemand
 from .refinement import Localized, results_of
 
 """
@@ -55,9 +55,12 @@ class DistributionsPerAnchor:
         targets, foreground = box_tensors(gt_boxes), self._is_foreground(gt_labels)
 
         def localize(features):
-            # The head's other branches are not needed.
-            outputs = [self.head.bbox_pred(self.head.bbox_subnet(x)) for x in features]
-            logits = [permute_to_N_HWA_K(x, 4 * self.box2box_transform.num_points) for x in outputs]
+            # Neither the head's other branches are needed, nor other anchors.
+            num_outputs = 4 * self.box2box_transform.num_points
+            logits = [
+                OutputsOnDemand(self.head.bbox_pred, self.head.bbox_subnet(x), num_outputs)
+                for x in features
+            ]
             picked = pick_foreground(logits, anchors, targets, foreground)
             return [Localized(self.localization_loss, self.box2box_transform, *picked)]
 

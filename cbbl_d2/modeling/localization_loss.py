@@ -13,6 +13,7 @@ from detectron2.utils.logger import log_first_n
 from torchvision.ops import generalized_box_iou_loss
 
 from .monitoring import log_localization_stats
+from .output_layer import OutputsOnDemand
 
 """
 Shape shorthand in this module:
@@ -144,7 +145,7 @@ class LocalizationLoss:
 
 
 def pick_foreground(
-    logits: List[torch.Tensor],
+    logits: List[torch.Tensor | OutputsOnDemand],
     anchors: List[Boxes],
     target_boxes: List[torch.Tensor],
     foreground: torch.Tensor,

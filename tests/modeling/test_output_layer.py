@@ -2,7 +2,8 @@ import pytest
 import torch
 from cbbl_d2.distribution import expectation, exponential_grid, gaussian_logits, variance
 from cbbl_d2.modeling import CBBLBox2BoxTransform
-from cbbl_d2.modeling.output_layer import distribution_layer
+from cbbl_d2.modeling.output_layer import OutputsOnDemand, distribution_layer
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import nn
 
 GRID = exponential_grid(2.0, 1.0, 6)
@@ -65,3 +66,26 @@ def test_other_layers_are_refused():
     for layer in (nn.ConvTranspose2d(16, 4, 2), nn.Sequential(nn.Linear(16, 4)), nn.Identity()):
         with pytest.raises(TypeError, match=type(layer).__name__):
             distribution_layer(layer, transform(), weight_std=0.01)
+
+
+@pytest.mark.parametrize("kernel_size", ((1, 1), (3, 3), (3, 1)))
+@pytest.mark.parametrize("num_picked", (0, 20))
+def test_outputs_on_demand_are_those_of_the_convolution(kernel_size, num_picked):
+    torch.manual_seed(0)
+    padding = tuple(size // 2 for size in kernel_size)
+    layer = nn.Conv2d(5, 3 * 8, kernel_size, padding=padding).double()
+    features = torch.randn(2, 5, 4, 7, dtype=torch.float64, requires_grad=True)
+    image = torch.randint(2, (num_picked,))
+    anchor = torch.randint(4 * 7 * 3, (num_picked,))
+    anchor[:2] = torch.tensor([0, 4 * 7 * 3 - 1])[:num_picked]  # in two corners
+    picked = OutputsOnDemand(layer, features, 8)[image, anchor]
+    expected = permute_to_N_HWA_K(layer(features), 8)[image, anchor]
+    assert picked.shape == (num_picked, 8)
+    assert torch.allclose(picked, expected)
+    inputs = (features, layer.weight, layer.bias)
+    scale = torch.randn_like(expected)
+    for got, wanted in zip(
+        torch.autograd.grad((picked * scale).sum(), inputs),
+        torch.autograd.grad((expected * scale).sum(), inputs),
+    ):
+        assert torch.allclose(got, wanted)
