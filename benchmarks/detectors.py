@@ -7,10 +7,17 @@ stock twin measured in the same run, alternating.
     python benchmarks/detectors.py --pairs configs/SmallShapes/{smooth_l1,cbbl}.yaml
 
 Each model trains on one batch of its own config's data. Prints a Markdown table with the median of
-the ratios C-BBL / stock and their range.
+the ratios C-BBL / stock and their range. With --overrides, what keys cost: the second config of
+each pair gets them, and may be the first one's file.
+
+    python benchmarks/detectors.py --memory-rounds 3 \
+        --pairs configs/HIT-UAV/cbbl.yaml configs/HIT-UAV/cbbl.yaml \
+        --overrides MODEL.CBBL.REFINEMENT.GAMMA 0.1
 """
 
+import argparse
 import os
+import statistics
 from typing import Dict, List, Tuple
 
 import torch
@@ -21,7 +28,7 @@ from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from head import alternate, get_parser, inference, ratio, start, train_step
+from head import alternate, get_parser, inference, peak_memories, ratio, start, train_step
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "SmallShapes")
 PAIRS = (
@@ -35,9 +42,9 @@ PAIRS = (
 )
 
 
-def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
+def make_model(config_file: str, overrides: List[str]) -> Tuple[torch.nn.Module, List[Dict]]:
     """The model, and a batch that is the same for all configs of one data set."""
-    cfg = load_config(config_file)
+    cfg = load_config(config_file, overrides)
     # An untrained dense detector is sure of nothing, and would decode no box.
     set_score_threshold(cfg, 0.0)
     seed_all_rng(1)
@@ -46,15 +53,21 @@ def make_model(config_file: str) -> Tuple[torch.nn.Module, List[Dict]]:
     return model, next(iter(ResumableTrainLoader(cfg)))
 
 
-def compare(stock: str, cbbl: str, rounds: int) -> str:
+def compare(stock: str, cbbl: str, args: argparse.Namespace) -> str:
     """A row of the table."""
-    models = {name: make_model(name) for name in (stock, cbbl)}
-    times = alternate(models, rounds)
+    makers = {"stock": (make_model, stock, []), "cbbl": (make_model, cbbl, args.overrides)}
+    models = {name: make(*rest) for name, (make, *rest) in makers.items()}
+    times = alternate(models, args.rounds)
     cells = [os.path.splitext(os.path.basename(cbbl))[0]]
-    cells += [ratio(times[stock, f], times[cbbl, f]) for f in (train_step, inference)]
-    counts = [sum(p.numel() for p in models[name][0].parameters()) for name in (stock, cbbl)]
+    cells += [ratio(times["stock", f], times["cbbl", f]) for f in (train_step, inference)]
+    counts = [sum(p.numel() for p in model.parameters()) for model, _ in models.values()]
     cells.append(f"{counts[0] / 1e6:.3f} M")
     cells.append(f"{counts[1] / 1e6:.3f} M ({counts[1] / counts[0]:.3f})")
+    if args.memory_rounds > 0:
+        del models
+        memory = peak_memories(makers, args.memory_rounds, args.threads)
+        cells.append(ratio(*memory.values()))
+        cells.append(" / ".join(f"{statistics.median(x):.0f} MiB" for x in memory.values()))
     return "| " + " | ".join(cells) + " |"
 
 
@@ -67,17 +80,34 @@ def main() -> None:
         metavar="CONFIG",
         help="stock and C-BBL config in turn (default: all detectors of configs/SmallShapes)",
     )
+    parser.add_argument(
+        "--overrides",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="of the second config of each pair",
+    )
+    parser.add_argument(
+        "--memory-rounds",
+        type=int,
+        default=0,
+        help="processes per model that measure the peak of a training step (default: 0, none)",
+    )
     args = parser.parse_args()
     files = args.pairs or [os.path.join(CONFIGS, f"{name}.yaml") for pair in PAIRS for name in pair]
     if len(files) % 2 != 0:
         raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
 
     print(f"{start(args.threads)}, {args.rounds} rounds")
-    print("| C-BBL config | training step | inference | parameters, stock | parameters, C-BBL |")
-    print("|---|---|---|---|---|")
+    columns = ["C-BBL config", "training step", "inference", "parameters, stock"]
+    columns.append("parameters, C-BBL")
+    if args.memory_rounds > 0:
+        columns += ["peak memory of the process", "stock / C-BBL"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     pairs = list(zip(files[::2], files[1::2]))
     for stock, cbbl in tqdm.tqdm(pairs, desc="detectors", leave=False, disable=None):
-        tqdm.tqdm.write(compare(stock, cbbl, args.rounds))
+        tqdm.tqdm.write(compare(stock, cbbl, args))
 
 
 if __name__ == "__main__":

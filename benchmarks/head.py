@@ -84,6 +84,12 @@ def make_inputs(height: int, width: int, num_objects: int = 30) -> List[Dict]:
     return [{"image": image, "instances": instances, "height": height, "width": width}]
 
 
+def make_model_and_inputs(
+    config_file: str, class_specific: bool, size: List[int]
+) -> Tuple[torch.nn.Module, List[Dict]]:
+    return make_model(config_file, class_specific), make_inputs(*size)
+
+
 def train_step(model: torch.nn.Module, inputs: List[Dict]) -> None:
     model.train()
     with EventStorage():
@@ -108,16 +114,34 @@ def seconds(function: Callable, *args) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(config_file: str, class_specific: bool, size: List[int], threads: int) -> float:
-    """MiB of one training step. On the CPU: peak resident size of this (fresh) process; Linux."""
+def peak_memory(threads: int, make: Callable, *args) -> float:
+    """
+    MiB of one training step. On the CPU: peak resident size of this (fresh) process; Linux.
+
+    Args:
+        make: ``make(*args)`` returns the model and its inputs.
+    """
     torch.set_num_threads(threads)
-    model, inputs = make_model(config_file, class_specific), make_inputs(*size)
-    train_step(model, inputs)
+    train_step(*make(*args))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage: its maximum is handed down from the process that started this one.
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**10
+
+
+def peak_memories(makers: Dict[str, Tuple], rounds: int, threads: int) -> Dict[str, List[float]]:
+    """
+    Args:
+        makers: name -> function and its arguments, see :func:`peak_memory`.
+    """
+    memory = {name: [] for name in makers}
+    context = multiprocessing.get_context("spawn")
+    for _ in tqdm.trange(rounds, desc="memory", leave=False, disable=None):
+        for name in memory:
+            with context.Pool(1) as pool:  # a process of its own: peaks do not mix
+                memory[name].append(pool.apply(peak_memory, (threads, *makers[name])))
+    return memory
 
 
 def alternate(
@@ -169,13 +193,8 @@ def compare_models(args: argparse.Namespace) -> None:
     del models
     gc.collect()
 
-    memory = {STOCK: [], CBBL: []}
-    context = multiprocessing.get_context("spawn")
-    for _ in tqdm.trange(args.memory_rounds, desc="memory", leave=False, disable=None):
-        for name in memory:
-            with context.Pool(1) as pool:  # a process of its own: peaks do not mix
-                arguments = (name, args.class_specific, args.size, args.threads)
-                memory[name].append(pool.apply(peak_memory, arguments))
+    makers = {n: (make_model_and_inputs, n, args.class_specific, args.size) for n in (STOCK, CBBL)}
+    memory = peak_memories(makers, args.memory_rounds, args.threads)
     show_ratio("peak memory", memory[STOCK], memory[CBBL], "MiB")
 
 

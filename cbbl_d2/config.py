@@ -4,7 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode as CN
-from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    ProposalNetwork,
+)
+from detectron2.utils.registry import Registry
 
 from .distribution import LABELS, UNCERTAINTIES
 from .distribution.grid import MAX_INTERVALS
@@ -46,6 +53,16 @@ def add_cbbl_config(cfg: CN) -> None:
     # Weight of a GIoU loss on the decoded boxes relative to the cross entropy, >= 0. 0: no such
     # loss (the paper). Generalized Focal Loss, which has one, weighs it 2 / (0.25 / 4) = 32.
     _C.MODEL.CBBL.GIOU_WEIGHT = 0.0
+
+    # Refinement in training (second version of the paper, "UR"): the localization loss once more,
+    # on feature maps moved to where the boxes are less certain, see docs/method.md. For every
+    # detector, in each of its parts that localizes by C-BBL. Inference stays as it is.
+    _C.MODEL.CBBL.REFINEMENT = CN()
+    # Weight of that loss relative to the localization loss (gamma), >= 0. 0: no refinement; the
+    # paper's best: 0.1.
+    _C.MODEL.CBBL.REFINEMENT.GAMMA = 0.0
+    # How far each level of an image's feature pyramid is moved, L2 norm (rho), > 0.
+    _C.MODEL.CBBL.REFINEMENT.RHO = 0.5
 
     # -- The grid of a Fast R-CNN box head (CBBLROIHeads, CBBLRes5ROIHeads, CBBLCascadeROIHeads)
 
@@ -233,6 +250,7 @@ def check_cbbl_config(cfg: CN) -> None:
         )
     check_values(cfg, {**_VALUES, **_cascade_values(cfg)})
     _check_voting(cfg)
+    _check_refinement(cfg)
     node = cfg.INPUT.SMALL_OBJECTS
     if len(node.SCALE_JITTER) > 0 and len(node.JITTER_SIZE) == 0:
         raise ConfigError(f"INPUT.SMALL_OBJECTS.JITTER_SIZE = (): must be {_JITTER_SIZE}")
@@ -260,6 +278,28 @@ def _check_voting(cfg: CN) -> None:
             f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for {key} {name}: only detectors whose "
             "boxes are C-BBL's vote"
         )
+
+
+def _check_refinement(cfg: CN) -> None:
+    gamma, model = cfg.MODEL.CBBL.REFINEMENT.GAMMA, cfg.MODEL
+    names = {"MODEL.META_ARCHITECTURE": model.META_ARCHITECTURE}
+    parts = [_registered(META_ARCH_REGISTRY, model.META_ARCHITECTURE)]
+    if issubclass(parts[0], (GeneralizedRCNN, ProposalNetwork)):
+        names["MODEL.PROPOSAL_GENERATOR.NAME"] = model.PROPOSAL_GENERATOR.NAME
+        parts.append(_registered(PROPOSAL_GENERATOR_REGISTRY, model.PROPOSAL_GENERATOR.NAME))
+    if issubclass(parts[0], GeneralizedRCNN):
+        names["MODEL.ROI_HEADS.NAME"] = model.ROI_HEADS.NAME
+        parts.append(_registered(ROI_HEADS_REGISTRY, model.ROI_HEADS.NAME))
+    if gamma > 0 and not any(getattr(part, "can_refine", False) for part in parts):
+        raise ConfigError(
+            f"MODEL.CBBL.REFINEMENT.GAMMA = {gamma}: must be 0 for "
+            f"{', '.join(map(' '.join, names.items()))}: nothing in them localizes by C-BBL"
+        )
+
+
+def _registered(registry: Registry, name: str) -> type:
+    part = registry.get(name) if name in registry else None
+    return part if isinstance(part, type) else object
 
 
 def _cascade_values(cfg: CN) -> dict[str, Check]:
@@ -310,6 +350,8 @@ _VALUES = {
         lambda v: each(_POSITIVE)[0](v) and len(v) == 4,
         "four numbers > 0, for x1, y1, x2, y2",
     ),
+    "MODEL.CBBL.REFINEMENT.GAMMA": _WEIGHT,
+    "MODEL.CBBL.REFINEMENT.RHO": _POSITIVE,
     "MODEL.FCOS.BBOX_REG_LOSS_WEIGHT": _WEIGHT,
     **{
         f"MODEL.CBBL.{node}{key}": check

@@ -369,6 +369,10 @@ def test_images_without_objects_and_empty_predictions(tiny_cfg, num_objects, agn
         ("VOTING_SIGMA", -0.1, ">= 0"),
         ("STD_SCALE", (1.0, 1.0), "four numbers > 0"),
         ("STD_SCALE", (1.0, 1.0, 0.0, 1.0), "four numbers > 0"),
+        ("REFINEMENT.GAMMA", -0.1, ">= 0"),
+        ("REFINEMENT.GAMMA", True, ">= 0"),
+        ("REFINEMENT.RHO", 0.0, "> 0"),
+        ("REFINEMENT.RHO", float("inf"), "> 0"),
         *(
             (f"{node}.{key}", value, allowed)
             for node in ("RPN", "RETINANET", "FCOS")
@@ -399,6 +403,7 @@ def test_impossible_values_are_named_when_the_model_is_built(tiny_cfg, key, valu
 DETECTORS = {  # the keys that choose the detector that reads a node
     "": {},
     "CASCADE": {"MODEL.ROI_HEADS.NAME": "CBBLCascadeROIHeads"},
+    "REFINEMENT": {"MODEL.CBBL.REFINEMENT.GAMMA": 0.1},
     "RPN": {"MODEL.PROPOSAL_GENERATOR.NAME": "CBBLRPN"},
     "RETINANET": {
         "MODEL.META_ARCHITECTURE": "CBBLRetinaNet",
@@ -467,6 +472,7 @@ CHANGES = {
         "BETA": (1.0, 1.0, 0.5),
         "NUM_INTERVALS": (5, 5, 6),
     },
+    "REFINEMENT": {"GAMMA": 0.2, "RHO": 0.7},
     "RPN": GRID,
     "RETINANET": {**GRID, "BBOX_REG_LOSS_WEIGHT": 0.7},
     "FCOS": {**ONE_SIDED, "BBOX_REG_LOSS_WEIGHT": 0.7},
@@ -494,7 +500,7 @@ EVERY_KEY = [
     *(
         (node, f"MODEL.CBBL.{key}", value)
         for node in ("RPN", "RETINANET", "FCOS")
-        for key, value in LOSS.items()
+        for key, value in {**LOSS, "REFINEMENT.GAMMA": 0.1}.items()
     ),
     *(("FCOS", f"MODEL.FCOS.{key}", value) for key, value in FCOS_CHANGES.items()),
     ("stock FCOS", "MODEL.FCOS.BBOX_REG_LOSS_WEIGHT", 0.7),

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 # Parts of the names of the losses of localization in all detectors
-_LOCALISATION = ("box_reg", "_loc", "uncertainty", "giou")
+_LOCALISATION = ("box_reg", "_loc", "uncertainty", "giou", "refine")
 
 # Width of the blur of a map, in pixels: strided convolutions leave a pattern of dots.
 _BLUR = 1.5

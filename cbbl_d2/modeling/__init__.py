@@ -4,6 +4,7 @@ from .box_regression import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 from .fast_rcnn import CBBLFastRCNNOutputLayers
 from .fcos import CBBLFCOS, ConfigurableFCOS
 from .localization_loss import LocalizationLoss
+from .refinement import Refinement
 from .retinanet import CBBLRetinaNet
 from .roi_heads import CBBLCascadeROIHeads, CBBLRes5ROIHeads, CBBLROIHeads
 from .rpn import CBBLRPN
@@ -22,6 +23,7 @@ __all__ = [
     "CBBLRetinaNet",
     "ConfigurableFCOS",
     "LocalizationLoss",
+    "Refinement",
     "TorchvisionNetwork",
     "keep_distributions",
 ]

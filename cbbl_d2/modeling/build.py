@@ -1,6 +1,6 @@
 """From the keys of MODEL.CBBL to grids and loss."""
 
-from typing import List
+from typing import List, Optional
 
 import torch
 from cbbl_d2.architectures import check_has_classes
@@ -9,6 +9,7 @@ from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.errors import ConfigError
 
 from .localization_loss import LocalizationLoss
+from .refinement import Refinement
 
 
 def build_grid(cfg, head: str = "") -> torch.Tensor:
@@ -50,6 +51,12 @@ def build_localization_loss(cfg) -> LocalizationLoss:
         uncertainty_weight=c.UNCERTAINTY_WEIGHT,
         giou_weight=c.GIOU_WEIGHT,
     )
+
+
+def build_refinement(cfg) -> Optional[Refinement]:
+    """Of keys that :func:`build_grid` has checked; None: off."""
+    c = cfg.MODEL.CBBL.REFINEMENT
+    return Refinement(gamma=c.GAMMA, rho=c.RHO) if c.GAMMA > 0 else None
 
 
 def _check(cfg) -> None:

@@ -1,12 +1,15 @@
 """What RetinaNet and FCOS share once they localize by C-BBL."""
 
-from typing import Dict
+from typing import Dict, List
 
 import torch
+from cbbl_d2.compat import box_tensors
 from detectron2.structures import Boxes, Instances
 
 from .box_voting import variance_voting, voting_variances
+from .localization_loss import pick_foreground
 from .logits_on_demand import LogitsOnDemand
+from .refinement import Localized, results_of
 from .uncertainty import set_uncertainty
 
 """
@@ -33,12 +36,35 @@ class _DecodedSources:
 class DistributionsPerAnchor:
     """
     For a class of Detectron2's dense detectors, before it among the bases, with the attributes
-    ``box2box_transform``, ``localization_loss``, ``box_reg_loss_weight`` and ``voting_sigma``, see
-    :func:`variance_voting`.
+    ``box2box_transform``, ``localization_loss``, ``box_reg_loss_weight``, ``refinement`` (or None)
+    and ``voting_sigma``, see :func:`variance_voting`.
     """
 
     can_vote = True  # MODEL.CBBL.VOTING_SIGMA
     keeps_distributions = False  # see set_uncertainty()
+    can_refine = True  # MODEL.CBBL.REFINEMENT
+    loss_prefix = "loss_box"  # of the names of all losses of localization but the first
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """As in the base class, with the loss of the refinement, if there is one."""
+        if self.refinement is None:
+            return super().forward_training(images, features, predictions, gt_instances)
+        with results_of(self, "label_anchors") as labeled:
+            losses = super().forward_training(images, features, predictions, gt_instances)
+        anchors = self.anchor_generator(features)
+        ((gt_labels, gt_boxes),) = labeled
+        targets, foreground = box_tensors(gt_boxes), self._is_foreground(gt_labels)
+
+        def localize(features):
+            # Neither the head's other branches are needed, nor other anchors.
+            head = self.head
+            logits = [LogitsOnDemand(head.bbox_pred, head.bbox_subnet(x)) for x in features]
+            picked = pick_foreground(logits, anchors, targets, foreground)
+            return [Localized(self.localization_loss, self.box2box_transform, *picked)]
+
+        (loss,) = self.refinement(features, localize)
+        losses[f"{self.loss_prefix}_refine"] = self._weighted(loss)
+        return losses
 
     def _transpose_dense_predictions(self, predictions, dims_per_anchor):
         scores, logits, *others = predictions
@@ -114,7 +140,7 @@ class DistributionsPerAnchor:
         return result
 
     def _localization_losses(
-        self, anchors, gt_labels, logits, gt_boxes, name: str, prefix: str
+        self, anchors, gt_labels, logits, gt_boxes, name: str
     ) -> Dict[str, torch.Tensor]:
         """
         To be called after the ``losses`` of the base class, which bring its moving average of the
@@ -123,15 +149,20 @@ class DistributionsPerAnchor:
         Args:
             anchors, gt_labels, gt_boxes: as for ``losses``, the boxes as tensors.
             logits: for each level, shape ``(N, A, 4 * G)``.
-            name, prefix: see :meth:`LocalizationLoss.named`.
+            name: see :meth:`LocalizationLoss.named`.
         """
-        labels = torch.stack(gt_labels)
         terms = self.localization_loss.dense(
             self.box2box_transform,
             logits,
             anchors,
             gt_boxes,
-            foreground=(labels >= 0) & (labels != self.num_classes),
+            foreground=self._is_foreground(gt_labels),
         )
-        terms = terms / self.loss_normalizer * self.box_reg_loss_weight
-        return self.localization_loss.named(terms, name, prefix)
+        return self.localization_loss.named(self._weighted(terms), name, self.loss_prefix)
+
+    def _is_foreground(self, gt_labels: List[torch.Tensor]) -> torch.Tensor:
+        labels = torch.stack(gt_labels)
+        return (labels >= 0) & (labels != self.num_classes)
+
+    def _weighted(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss / self.loss_normalizer * self.box_reg_loss_weight

@@ -4,7 +4,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, nonzero_tuple
+from detectron2.layers import ShapeSpec, cat, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
@@ -13,6 +13,7 @@ from .box_voting import variance_voting, voting_variances
 from .build import build_grid, build_localization_loss
 from .localization_loss import LocalizationLoss
 from .output_layer import distribution_layer
+from .refinement import Localized
 from .uncertainty import set_uncertainty
 
 """
@@ -112,14 +113,36 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             Tensor: shape ``(T,)``: the terms of the loss, summed over the coordinates of the
             foreground ROIs and divided by R, as the base class normalizes its loss.
         """
-        foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
-        terms = self.localization_loss(
-            self.box2box_transform,
-            self._logits_of_class(pred_deltas[foreground], gt_classes[foreground]),
-            proposal_boxes[foreground],
-            gt_boxes[foreground],
-        )
+        foreground = self._foreground(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        terms = self.localization_loss(self.box2box_transform, *foreground)
         return terms / max(gt_classes.numel(), 1.0)
+
+    def localized(self, predictions, proposals: List[Instances]) -> Localized:
+        """
+        Args:
+            predictions, proposals: as for :meth:`losses`.
+        """
+        proposal_boxes = cat([p.proposal_boxes.tensor for p in proposals])
+        # Without objects in an image there is no such field, nor a foreground; as in super().losses
+        gt_boxes = cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )
+        gt_classes = cat([p.gt_classes for p in proposals])
+        foreground = self._foreground(proposal_boxes, gt_boxes, predictions[1], gt_classes)
+        return Localized(self.localization_loss, self.box2box_transform, *foreground)
+
+    def _foreground(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
+        """
+        Args:
+            those of :meth:`box_reg_loss`.
+
+        Returns:
+            logits of the class, proposals and targets of the foreground, of the shapes
+            ``(Rf, 4 * G)``, ``(Rf, 4)`` and ``(Rf, 4)``.
+        """
+        foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
+        logits = self._logits_of_class(pred_deltas[foreground], gt_classes[foreground])
+        return logits, proposal_boxes[foreground], gt_boxes[foreground]
 
     def inference(self, predictions: Tuple[torch.Tensor, torch.Tensor], proposals: List[Instances]):
         """

@@ -14,10 +14,11 @@ from detectron2.modeling.backbone.fpn import (
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
 from .box_regression import CBBLBox2BoxTransformLinear
-from .build import build_grid, build_localization_loss
+from .build import build_grid, build_localization_loss, build_refinement
 from .dense_detector import DistributionsPerAnchor
 from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
+from .refinement import Refinement
 
 """
 Shape shorthand in this module:
@@ -113,6 +114,8 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
     unchanged. Use it with ``MODEL.META_ARCHITECTURE: CBBLFCOS``.
     """
 
+    loss_prefix = "loss_fcos"
+
     @configurable
     def __init__(
         self,
@@ -122,6 +125,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
         localization_loss: Optional[LocalizationLoss] = None,
         box_reg_loss_weight: float = 0.25,
         voting_sigma: float = 0.0,
+        refinement: Optional[Refinement] = None,
         **kwargs,
     ):
         """
@@ -131,6 +135,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
             localization_loss: None: that of the paper's first version, the class's defaults.
             box_reg_loss_weight: of all terms of the localization loss.
             voting_sigma: see :class:`CBBLFastRCNNOutputLayers`.
+            refinement: in training; None: none.
             kwargs: passed to ``FCOS``.
         """
         super().__init__(
@@ -141,6 +146,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
         )
         self.localization_loss = localization_loss or LocalizationLoss()
         self.voting_sigma = voting_sigma
+        self.refinement = refinement
         head.bbox_pred = distribution_layer(
             head.bbox_pred, box2box_transform, weight_std=0.01, on_demand=True
         )
@@ -154,6 +160,7 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
             ),
             "localization_loss": build_localization_loss(cfg),
             "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
+            "refinement": build_refinement(cfg),
             "box_reg_loss_weight": cfg.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT,
         }
 
@@ -170,5 +177,5 @@ class CBBLFCOS(DistributionsPerAnchor, ConfigurableFCOS):
         losses = super().losses(anchors, pred_logits, gt_labels, zeros, gt_boxes, pred_centerness)
         targets = box_tensors(gt_boxes)
         return losses | self._localization_losses(
-            anchors, gt_labels, pred_anchor_deltas, targets, "loss_fcos_loc", "loss_fcos"
+            anchors, gt_labels, pred_anchor_deltas, targets, "loss_fcos_loc"
         )

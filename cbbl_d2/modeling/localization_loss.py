@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Dict, List
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from cbbl_d2.distribution import cbbl_loss
@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torchvision.ops import generalized_box_iou_loss
 
+from .logits_on_demand import LogitsOnDemand
 from .monitoring import log_localization_stats
 
 """
@@ -49,7 +50,7 @@ class LocalizationLoss:
         logits: torch.Tensor,
         source_boxes: torch.Tensor,
         target_boxes: torch.Tensor,
-        prefix: str = "cbbl",
+        prefix: Optional[str] = "cbbl",
     ) -> torch.Tensor:
         """
         Also puts the statistics of :func:`log_localization_stats` into the event storage.
@@ -60,7 +61,7 @@ class LocalizationLoss:
             source_boxes: anchors or proposals, shape ``(P, 4)``, absolute XYXY.
             target_boxes: shape ``(P, 4)``. Boxes whose offsets are not finite are left out and
                 counted as ``{prefix}/nonfinite_targets``.
-            prefix: of the names in the event storage.
+            prefix: of the names in the event storage; None: nothing is put there.
 
         Returns:
             Tensor: shape ``(T,)``, the terms summed over all coordinates (GIoU: over all boxes),
@@ -74,13 +75,14 @@ class LocalizationLoss:
         finite = torch.isfinite(offsets).all(dim=1)
         if not finite.all():
             # A broken box must neither become an index nor poison the mean of the others.
-            get_event_storage().put_scalar(f"{prefix}/nonfinite_targets", int((~finite).sum()))
-            log_first_n(
-                logging.WARNING,
-                "C-BBL leaves out targets that are not finite: some annotated boxes are NaN, "
-                f"infinite or of no size. The count is logged as {prefix}/nonfinite_targets.",
-                name=__name__,
-            )
+            if prefix is not None:
+                get_event_storage().put_scalar(f"{prefix}/nonfinite_targets", int((~finite).sum()))
+                log_first_n(
+                    logging.WARNING,
+                    "C-BBL leaves out targets that are not finite: some annotated boxes are NaN, "
+                    f"infinite or of no size. The count is logged as {prefix}/nonfinite_targets.",
+                    name=__name__,
+                )
             logits, offsets = logits[finite], offsets[finite]
             source_boxes, target_boxes = source_boxes[finite], target_boxes[finite]
 
@@ -94,8 +96,9 @@ class LocalizationLoss:
             label=self.label,
             reduction="none",
         )
-        gap = uncertainty if self.uncertainty == "entropy_gap" else None
-        log_localization_stats(distributions, offsets, grid, self.label, prefix, gap)
+        if prefix is not None:
+            gap = uncertainty if self.uncertainty == "entropy_gap" else None
+            log_localization_stats(distributions, offsets, grid, self.label, prefix, gap)
         terms = [cross_entropy.sum()]
         if self.uncertainty != "none":
             terms.append(uncertainty.sum() * self.uncertainty_weight)
@@ -118,29 +121,10 @@ class LocalizationLoss:
         prefix: str = "cbbl",
     ) -> torch.Tensor:
         """
-        The same on the dense predictions of a feature pyramid.
-
-        Args:
-            logits: for each level, shape ``(N, A, 4 * G)``.
-            anchors: for each level, ``A`` boxes.
-            target_boxes: for each image, shape ``(sum of A, 4)``.
-            foreground: bool, shape ``(N, sum of A)``.
+        The same on the dense predictions of a feature pyramid, see :func:`pick_foreground`.
         """
-        sizes = [len(boxes) for boxes in anchors]
-        picked = []
-        # Level by level: to concatenate all levels first would copy every logit for the few that
-        # have a loss.
-        for logits_l, anchors_l, targets_l, foreground_l in zip(
-            logits,
-            anchors,
-            torch.stack(target_boxes).split(sizes, dim=1),
-            foreground.split(sizes, dim=1),
-        ):
-            image, anchor = nonzero_tuple(foreground_l)
-            picked.append(
-                (logits_l[image, anchor], anchors_l.tensor[anchor], targets_l[image, anchor])
-            )
-        return self(transform, *(cat(tensors) for tensors in zip(*picked)), prefix=prefix)
+        picked = pick_foreground(logits, anchors, target_boxes, foreground)
+        return self(transform, *picked, prefix=prefix)
 
     def named(self, terms: torch.Tensor, name: str, prefix: str) -> Dict[str, torch.Tensor]:
         """
@@ -158,6 +142,38 @@ class LocalizationLoss:
         if self.giou_weight > 0:
             names.append(f"{prefix}_giou")
         return dict(zip(names, terms.unbind()))
+
+
+def pick_foreground(
+    logits: List[torch.Tensor | LogitsOnDemand],
+    anchors: List[Boxes],
+    target_boxes: List[torch.Tensor],
+    foreground: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        logits: for each level, shape ``(N, A, 4 * G)``.
+        anchors: for each level, ``A`` boxes.
+        target_boxes: for each image, shape ``(sum of A, 4)``.
+        foreground: bool, shape ``(N, sum of A)``.
+
+    Returns:
+        logits, source boxes and target boxes of the foreground, as :class:`LocalizationLoss` takes
+        them.
+    """
+    sizes = [len(boxes) for boxes in anchors]
+    picked = []
+    # Level by level: to concatenate all levels first would copy every logit for the few that have a
+    # loss.
+    for logits_l, anchors_l, targets_l, foreground_l in zip(
+        logits,
+        anchors,
+        torch.stack(target_boxes).split(sizes, dim=1),
+        foreground.split(sizes, dim=1),
+    ):
+        image, anchor = nonzero_tuple(foreground_l)
+        picked.append((logits_l[image, anchor], anchors_l.tensor[anchor], targets_l[image, anchor]))
+    return tuple(cat(tensors) for tensors in zip(*picked))
 
 
 def stand_ins(predictions: List[torch.Tensor], width: int) -> List[torch.Tensor]:

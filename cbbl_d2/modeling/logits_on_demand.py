@@ -1,7 +1,10 @@
 """
-The logits of a dense detector where they are decoded: at inference a few hundred of some ten
-thousand anchors have a score that counts, and the layer is G times as wide as the stock one.
+The logits of a dense detector where they are used: at inference a few hundred of some ten thousand
+anchors have a score that counts, in training those of an object, and the layer is G times as wide
+as the stock one.
 """
+
+from typing import Optional
 
 import torch
 from torch import nn
@@ -39,8 +42,8 @@ class ConvOnDemand(nn.Conv2d):
 
 class LogitsOnDemand:
     """
-    Stands for the logits of a feature level as ``DenseDetector`` uses them at inference, a tensor
-    of shape ``(N, H * W * A, 4 * G)``: indexed by the number of an image and then by anchors.
+    Stands for the logits of a feature level as ``DenseDetector`` uses them, a tensor of shape
+    ``(N, H * W * A, 4 * G)``: indexed by the number of an image and then by anchors, or by both.
     """
 
     def __init__(self, layer: ConvOnDemand, features: torch.Tensor):
@@ -57,29 +60,34 @@ class LogitsOnDemand:
     def __getitem__(self, index):
         """
         Args:
-            index: the number of an image; of one image, anchors of shape ``(R,)``, int64.
+            index: the number of an image; of one image, anchors of shape ``(R,)``, int64; or images
+                and anchors, both of shape ``(R,)``.
 
         Returns:
             LogitsOnDemand of the image; or the logits of the anchors, shape ``(R, 4 * G)``.
         """
-        if self._features.dim() == 4:
+        image = None
+        if isinstance(index, tuple):
+            image, index = index
+        elif self._features.dim() == 4:
             return LogitsOnDemand(self._layer, self._features[index])
         layer, num_anchors = self._layer, self._layer.num_anchors
         weight = layer.weight.flatten(1)
         if num_anchors == 1:
-            return F.linear(self._patches(index), weight, layer.bias)
+            return F.linear(self._patches(index, image), weight, layer.bias)
         location = index.div(num_anchors, rounding_mode="trunc")
-        logits = F.linear(self._patches(location), weight, layer.bias)
+        logits = F.linear(self._patches(location, image), weight, layer.bias)
         rows = torch.arange(index.shape[0], device=index.device)
         logits = logits.unflatten(1, (num_anchors, layer.out_channels // num_anchors))
         return logits[rows, index - location * num_anchors]
 
-    def _patches(self, location: torch.Tensor) -> torch.Tensor:
+    def _patches(self, location: torch.Tensor, image: Optional[torch.Tensor]) -> torch.Tensor:
         """
         What the kernel sees.
 
         Args:
             location: shape ``(R,)``, in row-major order.
+            image: of each, shape ``(R,)``; None: there is but one.
 
         Returns:
             Tensor: shape ``(R, C * kernel height * kernel width)``.
@@ -87,9 +95,12 @@ class LogitsOnDemand:
         (height, width), (top, left) = self._layer.kernel_size, self._layer.padding
         padded = F.pad(self._features, (left, left, top, top))
         # "trunc" as nothing is negative: of "floor" an ONNX graph would have several nodes.
-        y = location.div(self._features.shape[2], rounding_mode="trunc")
+        y = location.div(self._features.shape[-1], rounding_mode="trunc")
         start = location + y * (2 * left)  # in the padded map
         tap_y = location.new_tensor([i for i in range(height) for _ in range(width)])
         tap_x = location.new_tensor([j for _ in range(height) for j in range(width)])
-        window = tap_y * padded.shape[2] + tap_x
+        window = tap_y * padded.shape[-1] + tap_x
+        if image is not None:
+            start = start + image * (padded.shape[-2] * padded.shape[-1])
+            padded = padded.transpose(0, 1)
         return padded.flatten(1)[:, start[:, None] + window].transpose(0, 1).flatten(1)

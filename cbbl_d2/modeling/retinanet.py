@@ -8,10 +8,11 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 
 from .box_regression import CBBLBox2BoxTransform
-from .build import build_grid, build_localization_loss
+from .build import build_grid, build_localization_loss, build_refinement
 from .dense_detector import DistributionsPerAnchor
 from .localization_loss import LocalizationLoss, stand_ins
 from .output_layer import distribution_layer
+from .refinement import Refinement
 
 """
 Shape shorthand in this module:
@@ -38,6 +39,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         localization_loss: Optional[LocalizationLoss] = None,
         box_reg_loss_weight: float = 0.25,
         voting_sigma: float = 0.0,
+        refinement: Optional[Refinement] = None,
         init_std: float = 0.0,
         **kwargs,
     ):
@@ -48,6 +50,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
             localization_loss: None: that of the paper's first version, the class's defaults.
             box_reg_loss_weight: of all terms of the localization loss.
             voting_sigma: see :class:`CBBLFastRCNNOutputLayers`.
+            refinement: in training; None: none.
             init_std: see :class:`CBBLFastRCNNOutputLayers`.
             kwargs: passed to ``RetinaNet``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have
                 no effect here.
@@ -56,6 +59,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
         super().__init__(head=head, box2box_transform=box2box_transform, **kwargs)
         self.localization_loss = localization_loss or LocalizationLoss()
         self.voting_sigma = voting_sigma
+        self.refinement = refinement
         self.box_reg_loss_weight = box_reg_loss_weight
         head.bbox_pred = distribution_layer(
             head.bbox_pred,
@@ -77,6 +81,7 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
             ),
             "localization_loss": build_localization_loss(cfg),
             "voting_sigma": cfg.MODEL.CBBL.VOTING_SIGMA,
+            "refinement": build_refinement(cfg),
             "box_reg_loss_weight": c.BBOX_REG_LOSS_WEIGHT,
             "init_std": c.INIT_STD,
         }
@@ -93,5 +98,5 @@ class CBBLRetinaNet(DistributionsPerAnchor, RetinaNet):
             anchors, pred_logits, gt_labels, stand_ins(pred_anchor_deltas, 4), gt_boxes
         )
         return losses | self._localization_losses(
-            anchors, gt_labels, pred_anchor_deltas, gt_boxes, "loss_box_reg", "loss_box"
+            anchors, gt_labels, pred_anchor_deltas, gt_boxes, "loss_box_reg"
         )

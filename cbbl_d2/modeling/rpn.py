@@ -4,14 +4,16 @@ from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import configurable
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Instances
 
 from .box_regression import CBBLBox2BoxTransform
-from .build import build_grid, build_localization_loss
-from .localization_loss import LocalizationLoss, stand_ins
+from .build import build_grid, build_localization_loss, build_refinement
+from .localization_loss import LocalizationLoss, pick_foreground, stand_ins
 from .output_layer import distribution_layer
+from .refinement import Localized, Refinement, results_of
 
 """
 Shape shorthand in this module:
@@ -30,6 +32,8 @@ class CBBLRPN(RPN):
     ``MODEL.PROPOSAL_GENERATOR.NAME: CBBLRPN``, with any ROI heads.
     """
 
+    can_refine = True  # MODEL.CBBL.REFINEMENT
+
     @configurable
     def __init__(
         self,
@@ -39,6 +43,7 @@ class CBBLRPN(RPN):
         box2box_transform: CBBLBox2BoxTransform,
         localization_loss: Optional[LocalizationLoss] = None,
         init_std: float = 0.0,
+        refinement: Optional[Refinement] = None,
         **kwargs,
     ):
         """
@@ -49,6 +54,7 @@ class CBBLRPN(RPN):
             box2box_transform: holds the grid.
             localization_loss: None: that of the paper's first version, the class's defaults.
             init_std: see :class:`CBBLFastRCNNOutputLayers`.
+            refinement: in training; None: none.
             kwargs: passed to ``RPN``. Its ``box_reg_loss_type`` and ``smooth_l1_beta`` have no
                 effect here.
         """
@@ -60,6 +66,7 @@ class CBBLRPN(RPN):
             **kwargs,
         )
         self.localization_loss = localization_loss or LocalizationLoss()
+        self.refinement = refinement
         anchor_generator.box_dim = 4 * box2box_transform.num_points
         head.anchor_deltas = distribution_layer(
             head.anchor_deltas, box2box_transform, weight_std=0.01, init_std=init_std
@@ -74,7 +81,27 @@ class CBBLRPN(RPN):
             ),
             "localization_loss": build_localization_loss(cfg),
             "init_std": cfg.MODEL.CBBL.RPN.INIT_STD,
+            "refinement": build_refinement(cfg),
         }
+
+    def forward(self, images, features, gt_instances=None):
+        """As in the base class, with ``loss_rpn_refine`` if there is a refinement."""
+        if not self.training or self.refinement is None:
+            return super().forward(images, features, gt_instances)
+        with results_of(self, "label_and_sample_anchors") as labeled:
+            proposals, losses = super().forward(images, features, gt_instances)
+        maps = [features[name] for name in self.in_features]
+        anchors = self.anchor_generator(maps)
+        ((gt_labels, gt_boxes),) = labeled
+
+        def localize(maps):
+            _, outputs = self.rpn_head(maps)
+            logits = [permute_to_N_HWA_K(x, self.anchor_generator.box_dim) for x in outputs]
+            picked = pick_foreground(logits, anchors, gt_boxes, torch.stack(gt_labels) == 1)
+            return [Localized(self.localization_loss, self.box2box_transform, *picked)]
+
+        (loss,) = self.refinement(maps, localize)
+        return proposals, {**losses, "loss_rpn_refine": self._weighted(loss, len(gt_labels))}
 
     def losses(
         self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
@@ -95,10 +122,13 @@ class CBBLRPN(RPN):
             foreground=torch.stack(gt_labels) == 1,
             prefix="rpn/cbbl",
         )
-        normalizer = self.batch_size_per_image * len(gt_labels)  # as in super()
-        terms = terms / normalizer * self.loss_weight.get("loss_rpn_loc", 1.0)
+        terms = self._weighted(terms, len(gt_labels))
         losses.update(self.localization_loss.named(terms, "loss_rpn_loc", "loss_rpn"))
         return losses
+
+    def _weighted(self, loss: torch.Tensor, num_images: int) -> torch.Tensor:
+        normalizer = self.batch_size_per_image * num_images  # as in super().losses
+        return loss / normalizer * self.loss_weight.get("loss_rpn_loc", 1.0)
 
     @torch.no_grad()
     def predict_proposals(

@@ -61,9 +61,10 @@ DETECTORS = {
         "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 4,
+        "MODEL.CBBL.REFINEMENT.GAMMA": 0.5,
     },
     "cbbl_retinanet.yaml": {},
-    "cbbl_fcos.yaml": {},
+    "cbbl_fcos.yaml": {"MODEL.CBBL.REFINEMENT.GAMMA": 0.5},
 }
 
 
