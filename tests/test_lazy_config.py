@@ -10,8 +10,11 @@ import torch
 pytest.importorskip("detectron2")
 
 from cbbl_d2.engine import load_config
+from cbbl_d2.modeling import CBBLROIHeads, Refinement
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.solver import build_lr_scheduler
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -122,6 +125,31 @@ def test_builds_trains_and_is_the_model_of_its_yaml_twin(name):
     instantiate(lazy.optimizer).step()
     for layer, weight in zip(layers, before):
         assert not torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("name", ("cbbl", "cbbl_cascade_rcnn", "cbbl_rpn", "cbbl_fcos"))
+def test_a_refinement_is_an_argument(name):
+    lazy = load(f"SmallShapes/{name}.py")
+    parts = [lazy.model]
+    if "roi_heads" in lazy.model:
+        parts = [lazy.model.roi_heads]
+        if parts[0]._target_ is StandardROIHeads:
+            parts[0]._target_ = CBBLROIHeads
+    if name == "cbbl_rpn":
+        parts.append(lazy.model.proposal_generator)
+    for part in parts:
+        part.refinement = L(Refinement)(gamma=0.1, rho=0.7)
+    torch.manual_seed(0)
+    model = instantiate(lazy.model).train()
+    cfg = load_config(os.path.join(CONFIGS, "SmallShapes", f"{name}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.CBBL.REFINEMENT.GAMMA, cfg.MODEL.CBBL.REFINEMENT.RHO = 0.1, 0.7
+    twin = build_model(cfg).train()
+    twin.load_state_dict(model.state_dict())
+    losses, others = losses_of(model, lazy), losses_of(twin, lazy)
+    assert losses.keys() == others.keys() and any("refine" in loss for loss in losses)
+    for loss, value in losses.items():
+        torch.testing.assert_close(value, others[loss], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "SmallShapes" in name])

@@ -61,7 +61,7 @@ class _RefinedBoxes:
         if not isinstance(predictors, nn.ModuleList):
             predictors, names = [predictors], ["loss_box_refine"]
         regions = stages
-        # The others have no loss of localization. Batch norm would miss them.
+        # The others have no loss of localization, but batch norm has its statistics of them, too.
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             regions = [select_foreground_proposals(x, self.num_classes)[0] for x in stages]
         losses = self.refinement(
