@@ -153,7 +153,10 @@ def main() -> None:
     clock = time.process_time if args.threads == 1 else time.perf_counter
 
     print(f"{start(args.threads)}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
-    print("| config | image | runtime | stock, images/s | C-BBL, images/s | time C-BBL / stock", end="")
+    print(
+        "| config | image | runtime | stock, images/s | C-BBL, images/s | time C-BBL / stock",
+        end="",
+    )
     print(" | C-BBL adds | C-BBL: eager / this |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     graphs = []

@@ -12,10 +12,11 @@ from PIL import Image
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-import cbbl_onnx  # noqa: E402
 import onnx  # noqa: E402
-from cbbl_onnx import Detector, OnnxError, read_image  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+import cbbl_onnx  # noqa: E402
+from cbbl_onnx import Detector, OnnxError, read_image  # noqa: E402
 
 METADATA = {
     "class_names": '["a", "b"]',
