@@ -153,7 +153,13 @@ def main() -> None:
     clock = time.process_time if args.threads == 1 else time.perf_counter
 
     print(f"{start(args.threads)}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
-    table, graphs = [], []
+    print(
+        "| config | image | runtime | stock, images/s | C-BBL, images/s | time C-BBL / stock",
+        end="",
+    )
+    print(" | C-BBL adds | C-BBL: eager / this |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    graphs = []
     for pair in zip(files[::2], files[1::2]):
         name = os.path.splitext(os.path.basename(pair[1]))[0]
         image, models, contents = noise(256, 320), {}, []
@@ -162,16 +168,10 @@ def main() -> None:
             models |= {(twin, runtime): function for runtime, function in functions.items()}
             contents.append(content)
         for size in args.sizes:
-            table += rows(name, models, size, args.rounds, clock)
+            print(*rows(name, models, size, args.rounds, clock), sep="\n", flush=True)
         nodes = [num_nodes(onnx.load(io.BytesIO(x)).graph) for x in contents]
         sizes = [len(x) for x in contents]
         graphs.append(f"| {name} | {nodes[0]} | {nodes[1]} | {sizes[0]} | {sizes[1]} |")
-    print(
-        "| config | image | runtime | stock, images/s | C-BBL, images/s | time C-BBL / stock",
-        end="",
-    )
-    print(" | C-BBL adds | C-BBL: eager / this |")
-    print("|---|---|---|---|---|---|---|---|", *table, sep="\n")
     print("\n| config | nodes, stock | nodes, C-BBL | bytes, stock | bytes, C-BBL |")
     print("|---|---|---|---|---|", *graphs, sep="\n")
 

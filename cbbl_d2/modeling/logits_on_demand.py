@@ -7,6 +7,7 @@ as the stock one.
 from typing import Optional
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +20,11 @@ Shape shorthand in this module:
     R: number of anchors to decode, of one image
     G: number of grid points
 """
+
+
+# Locations of a level from which on an exported model, of which the number of anchors to decode is
+# not known, computes some: on smaller levels all take no longer than finding them.
+_LARGE_LEVEL = 512
 
 
 class ConvOnDemand(nn.Conv2d):
@@ -72,6 +78,11 @@ class LogitsOnDemand:
         elif self._features.dim() == 4:
             return LogitsOnDemand(self._layer, self._features[index])
         layer, num_anchors = self._layer, self._layer.num_anchors
+        if not self._are_few(index):
+            maps = self._features if image is not None else self._features[None]
+            logits = nn.Conv2d.forward(layer, maps)
+            logits = permute_to_N_HWA_K(logits, layer.out_channels // num_anchors)
+            return logits[0 if image is None else image, index]
         weight = layer.weight.flatten(1)
         if num_anchors == 1:
             return F.linear(self._patches(index, image), weight, layer.bias)
@@ -80,6 +91,14 @@ class LogitsOnDemand:
         rows = torch.arange(index.shape[0], device=index.device)
         logits = logits.unflatten(1, (num_anchors, layer.out_channels // num_anchors))
         return logits[rows, index - location * num_anchors]
+
+    def _are_few(self, anchors: torch.Tensor) -> bool:
+        """Whether to compute these alone is faster; gathering costs about as much as computing."""
+        num_locations = int(self._features.shape[-2]) * int(self._features.shape[-1])
+        if torch.jit.is_tracing():
+            return num_locations >= _LARGE_LEVEL
+        num_images = len(self._features) if self._features.dim() == 4 else 1
+        return 2 * len(anchors) < num_images * num_locations
 
     def _patches(self, location: torch.Tensor, image: Optional[torch.Tensor]) -> torch.Tensor:
         """

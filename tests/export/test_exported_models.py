@@ -18,6 +18,7 @@ from cbbl_d2.export import (  # noqa: E402
     to_onnx,
     to_torchscript,
 )
+from cbbl_d2.modeling import logits_on_demand  # noqa: E402
 
 from tests.export.models import busy_model, images, needs_export  # noqa: E402
 from tests.modeling.detectors import DETECTORS, set_score_threshold  # noqa: E402
@@ -120,6 +121,19 @@ def test_a_model_that_finds_nothing_in_the_traced_image(format, name):
     assert compare(model, exported, [nothing]).num_objects == 0
     agreement = compare(model, exported, [image])
     assert agreement.num_objects > 2 and agreement.boxes <= 1e-3 and agreement.scores <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["retinanet", pytest.param("fcos", marks=slow)])
+def test_a_large_level_of_a_dense_detector(name, monkeypatch):
+    """Not all of its logits are computed, in one image those of no anchor."""
+    monkeypatch.setattr(logits_on_demand, "_LARGE_LEVEL", 100)
+    model, examples = busy_model(name), images()
+    exported = load_onnx(to_onnx(model, examples[0], {}))
+    agreement = compare(model, exported, examples)
+    assert agreement.num_objects > 40 and agreement.boxes <= 1e-3
+    set_score_threshold(model, 0.99)
+    exported = load_onnx(to_onnx(model, examples[0], {}))
+    assert compare(model, exported, examples).num_objects == 0
 
 
 @pytest.mark.parametrize("name", ["faster", pytest.param("retinanet", marks=slow)])
