@@ -522,6 +522,7 @@ def behavior(cfg):
         {name: loss.item() for name, loss in losses.items()},
         result.pred_boxes.tensor.tolist(),
         result.scores.tolist(),
+        result.pred_boxes_std.tolist() if result.has("pred_boxes_std") else [],
     )
 
 

@@ -121,7 +121,14 @@ def test_of_a_loss_the_lowest_value_is_the_best(cfg, evaluations):
     assert torch.load(path, weights_only=True)["iteration"] == 5
 
 
-@pytest.mark.parametrize("metric", ("bbox/APvs", "val/total_loss", "val/loss_cls"))
+@pytest.mark.parametrize(
+    "metric",
+    (
+        "val/total_loss",
+        pytest.param("bbox/APvs", marks=pytest.mark.slow),
+        pytest.param("val/loss_cls", marks=pytest.mark.slow),
+    ),
+)
 def test_a_metric_that_an_evaluation_measures(cfg, metric):
     """With the true evaluation."""
     cfg.merge_from_list(

@@ -116,7 +116,9 @@ def test_a_resumed_run_logs_the_losses_of_an_uninterrupted_one(tiny_cfg, tmp_pat
         assert all(torch.equal(state[key], other[key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("name", ("cbbl_retinanet", "giou_fcos"))
+@pytest.mark.parametrize(
+    "name", ("cbbl_retinanet", pytest.param("giou_fcos", marks=pytest.mark.slow))
+)
 def test_dense_detectors_resume_with_their_normalizer(repository, tiny_cfg, tmp_path, name):
     """To rounding: torch optimizes Detectron2's focal loss, a scripted function, as it runs."""
     cfg = load_config(os.path.join(repository, "configs", "SmallShapes", f"{name}.yaml"))
@@ -227,7 +229,10 @@ class Died(BaseException):
     pass
 
 
-@pytest.mark.parametrize("dies_at", (1, 2, 3))
+@pytest.mark.parametrize(
+    "dies_at",
+    (2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)),
+)
 def test_best_model_survives_resuming(tiny_cfg, tmp_path, monkeypatch, dies_at):
     """A run dies within one of its evaluations; resumed, it finds the same best model."""
     aps = {1: 30.0, 3: 50.0, 5: 40.0, 8: 20.0}  # by iteration

@@ -49,9 +49,9 @@ def test_each_stage_of_a_cascade_starts_from_the_boxes_of_the_one_before(decoded
     set_score_threshold(model, 0.0)
     with torch.no_grad():
         (result,) = model(batch(0))
-    # Once a stage, the last one again for the result, and its detections for their deviation.
-    assert len(decoded) == 5
-    sources, boxes = zip(*decoded[:4])
+    # Once a stage, and the last one again for the result.
+    assert len(decoded) == 4
+    sources, boxes = zip(*decoded)
     for before, after in zip(boxes[:2], sources[1:]):
         clipped = Boxes(before.clone())
         clipped.clip((96, 96))

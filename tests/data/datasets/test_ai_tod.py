@@ -165,6 +165,7 @@ def log_as_before():
         logger.setLevel(level)
 
 
+@pytest.mark.slow
 def test_trains_and_evaluates(log_as_before, root, content, repository, tmp_path):
     add_images(root, "trainval")
     add_images(root, "test")
