@@ -251,11 +251,11 @@ def train(folder, name):
         *("SOLVER.IMS_PER_BATCH", "2"),
     ]
     cases = []
-    for loss in ("False", "True"):
-        output = ["OUTPUT_DIR", loss, "TEST.LOSS", loss]
-        cases.append([loss, "train_net.py", "--config-file", path, *options, *output])
+    for output, loss in (("without", "False"), ("with", "True")):
+        words = ["OUTPUT_DIR", output, "TEST.LOSS", loss]
+        cases.append([output, "train_net.py", "--config-file", path, *options, *words])
     assert run_scripts(cases, folder) == {case[0]: 0 for case in cases}
-    return folder / "False", folder / "True"
+    return folder / "without", folder / "with"
 
 
 @pytest.mark.parametrize("name", ("instant_test", pytest.param("cbbl_retinanet", marks=slow)))
