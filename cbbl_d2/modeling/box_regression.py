@@ -119,6 +119,8 @@ class _GridDecoder:
         """
         offsets = gaussian_variance(self._distributions(logits), self.grid_like(logits))
         sides = self._to_sides(offsets, logits, boxes, decoded).sqrt()
+        if all(scale == 1 for scale in self._std_scale):
+            return sides
         return sides * sides.new_tensor(self._std_scale)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

@@ -88,12 +88,14 @@ class DistributionsPerAnchor:
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
         result = super().inference_single_image(anchors, scores, logits, image_size)
+        decoded = result.pred_boxes.tensor.clone()
+        result.pred_boxes.clip(result.image_size)  # as the base class will
         set_uncertainty(
             result,
             self.box2box_transform,
             result.logits,
             result.source_boxes,
-            result.pred_boxes.tensor,
+            decoded,
             self.keeps_distributions,
         )
         for field in ("logits", "source_boxes"):

@@ -30,16 +30,14 @@ def set_uncertainty(
       ``coordinates`` of the transforms, relative to the width or height of the image.
 
     Args:
-        result: D detections with ``pred_boxes``; changed in place.
+        result: D detections with ``pred_boxes`` that lie in the image; changed in place.
         transform: :class:`CBBLBox2BoxTransform` or :class:`CBBLBox2BoxTransformLinear`.
         logits, source_boxes: what the boxes were decoded from, shapes ``(D, 4 * G)`` and
             ``(D, 4)``, XYXY.
         decoded: the boxes as decoded, shape ``(D, 4)``.
     """
-    boxes = result.pred_boxes.clone()
-    boxes.clip(result.image_size)  # as they will be
     deviations = transform.side_deviations(logits, source_boxes, decoded)
-    result.pred_boxes_std = relative_std(deviations, boxes.tensor)
+    result.pred_boxes_std = relative_std(deviations, result.pred_boxes.tensor)
     if keeps_distributions:
         height, width = result.image_size
         coordinates = transform.coordinates(source_boxes)

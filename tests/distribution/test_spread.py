@@ -59,13 +59,13 @@ def test_of_an_exact_offset_there_is_no_variance_left_but_that_of_rounding():
 
 @pytest.mark.parametrize("mean", (0.35, 1.2, 2.0, 2.8))
 def test_a_floor_where_the_code_says_nothing(mean):
-    """Away from the center of the coarse default grid: never too sure, and no more than a fifth."""
+    """Away from the center of the coarse default grid: never too sure, at most a quarter."""
     grid = exponential_grid(5.0, 1.0, 5)
     left = two_hot(torch.tensor(mean), grid)[0]
     interval = (grid[left + 1] - grid[left]).item()
     for std in (0.001, 0.05, 0.1, 0.2, 0.4):
         found = gaussian_variance(mean_code(mean, std, grid).float(), grid).sqrt().item()
-        assert std * 0.98 <= found <= max(1.05 * std, 0.22 * interval)
+        assert std * 0.98 <= found <= max(1.05 * std, 0.24 * interval)
 
 
 @pytest.mark.parametrize("spread", (0.1, 1.0, 10.0, 1000.0))
