@@ -201,6 +201,8 @@ def _to_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
                 "(H, W)"
             )
         image = Image.fromarray(image)
+    if 0 in image.size:
+        raise OnnxError(f"an image of {image.width}x{image.height} pixels: has no pixel")
     fault = _misread(image)
     if fault:
         raise OnnxError(f"{fault}: convert the image to 8 bits, values from 0 to 255")
@@ -253,6 +255,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
     failed = False
+    pictures = {
+        path: os.path.join(
+            args.pictures or "", os.path.splitext(os.path.basename(path))[0] + ".png"
+        )
+        for path in args.image
+    }
+    if args.pictures:
+        _check_targets(pictures)
     try:
         detector = Detector(args.model, args.threads)
     except OnnxError as e:
@@ -277,10 +287,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                     + f"  +- {deviations}" * bool(deviations)
                 )
         if args.pictures:
-            os.makedirs(args.pictures, exist_ok=True)
-            name = os.path.splitext(os.path.basename(path))[0]
-            draw(image, found).save(os.path.join(args.pictures, f"{name}.png"))
+            try:
+                os.makedirs(args.pictures, exist_ok=True)
+                draw(image, found).save(pictures[path])
+            except OSError as e:
+                sys.exit(f"error: {pictures[path]}: cannot be written ({e.strerror or e})")
     sys.exit(failed)
+
+
+def _check_targets(pictures: dict[str, str]) -> None:
+    """From the paths of images to those of their pictures: none may take the place of another."""
+    taken = {os.path.realpath(path).lower(): path for path in pictures}
+    for path, picture in pictures.items():
+        other = taken.setdefault(os.path.realpath(picture).lower(), path)
+        if other != path or os.path.realpath(picture) == os.path.realpath(path):
+            what = "that image" if other == path else other
+            sys.exit(
+                f"error: --pictures: {picture}, the picture of {path}, would take the place of {what}"
+                ", or of its picture: choose another folder, or fewer images at a time"
+            )
 
 
 if __name__ == "__main__":

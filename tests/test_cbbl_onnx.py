@@ -252,3 +252,28 @@ def test_it_needs_onnxruntime_numpy_and_pillow_alone():
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     assert others == {"numpy", "onnxruntime", "PIL"}
+
+
+@pytest.mark.parametrize("targets", ("the folder of the image", "two of one name", "a file"))
+def test_pictures_take_no_file_s_place(write_model, tmp_path, targets):
+    color = np.full((20, 25, 3), 255, np.uint8)
+    paths = [save(tmp_path / "x.png", color)]
+    folder = tmp_path / "drawn"
+    if targets == "two of one name":
+        (tmp_path / "other").mkdir()
+        paths.append(save(tmp_path / "other" / "x.png", color))
+    elif targets == "a file":
+        folder.write_text("")
+    else:
+        folder = tmp_path
+    before = [Path(x).read_bytes() for x in paths]
+    with pytest.raises(SystemExit) as e:
+        cbbl_onnx.main([write_model(), *paths, "--pictures", str(folder)])
+    assert str(e.value.code).startswith("error: ") and "x.png" in e.value.code
+    assert [Path(x).read_bytes() for x in paths] == before
+    assert not (tmp_path / "drawn").is_dir()
+
+
+def test_an_image_without_pixels(write_model):
+    with pytest.raises(OnnxError, match="an image of 0x5 pixels"):
+        Detector(write_model())(Image.new("RGB", (0, 5)))

@@ -157,7 +157,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             metric: its name in ``metrics.json``.
             must_exist: an evaluation without it ends the training.
         """
-        mode = "min" if "loss" in metric.rpartition("/")[2] else "max"
+        mode = "min" if metric.split("/")[-2:-1] == ["val"] else "max"  # those of TEST.LOSS
         super().__init__(eval_period, checkpointer, metric, mode)
         self.metric = metric
         self._must_exist = must_exist

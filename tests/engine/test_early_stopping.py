@@ -121,6 +121,14 @@ def test_of_a_loss_the_lowest_value_is_the_best(cfg, evaluations):
     assert torch.load(path, weights_only=True)["iteration"] == 5
 
 
+def test_the_ap_of_a_class_is_no_loss(cfg, evaluations):
+    evaluations([1.0, 3.0, 2.0, 2.0, 2.0], "bbox", "AP-floss")
+    cfg.TEST.BEST_METRIC = "bbox/AP-floss"
+    assert train(cfg).iter == 8
+    path = os.path.join(cfg.OUTPUT_DIR, "model_best.pth")
+    assert torch.load(path, weights_only=True)["iteration"] == 3
+
+
 @pytest.mark.parametrize(
     "metric",
     (
