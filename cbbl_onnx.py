@@ -303,8 +303,8 @@ def _check_targets(pictures: dict[str, str]) -> None:
         if other != path or os.path.realpath(picture) == os.path.realpath(path):
             what = "that image" if other == path else other
             sys.exit(
-                f"error: --pictures: {picture}, the picture of {path}, would take the place of {what}"
-                ", or of its picture: choose another folder, or fewer images at a time"
+                f"error: --pictures: {picture}, the picture of {path}, would replace {what}"
+                ", or its picture: choose another folder, or fewer images at a time"
             )
 
 
