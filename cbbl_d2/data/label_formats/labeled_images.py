@@ -21,6 +21,7 @@ from cbbl_d2.messages import count, listed
 __all__ = [
     "NO_LABEL_FILE",
     "NO_SIZE",
+    "SPLITS",
     "LabeledImage",
     "LabeledObject",
     "check_class_list",
@@ -39,7 +40,7 @@ NO_LABEL_FILE = "images without a label file"
 NO_SIZE = "boxes of no size, left out"
 _TURNED = "images that EXIF data turn or mirror (boxes are taken as those of the turned image)"
 
-_SPLITS = ("train", "val", "valid", "test")
+SPLITS = ("train", "val", "valid", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def check_class_list(names: Sequence[str], where: str) -> list[str]:
 
 def folders_of_splits(folder: str) -> dict[str, str]:
     """The subfolders that are named as splits of a data set are; {} where there are none."""
-    paths = {name: os.path.join(folder, name) for name in _SPLITS}
+    paths = {name: os.path.join(folder, name) for name in SPLITS}
     return {name: path for name, path in paths.items() if os.path.isdir(path)}
 
 

@@ -15,9 +15,11 @@ which: it is taken for VOC's own if its ``database`` has "VOC" in its name, and 
 number under 1. ``coordinates`` decides it otherwise. Of an object of 16 pixels the two boxes have
 an IoU of 0.89.
 
-The splits are the lists in ``ImageSets/Main``; without, the folders ``train``, ``val``, ``valid``
-and ``test``; without those, everything is one split, "all". The size in an XML must be that of the
-image; one of 0, as LabelImg can write it, or none is passed over and counted.
+The splits are the lists in ``ImageSets/Main``, but for those of single classes (``dog_train``: each
+line ends in 1, 0 or -1); without, the folders ``train``, ``val``, ``valid`` and ``test``, of images
+and XML files together or of each; without those, everything is one split, "all". What is in none of
+them is named as passed over. The size in an XML must be that of the image; one of 0, as LabelImg can
+write it, or none is passed over and counted.
 """
 
 import collections
@@ -25,7 +27,7 @@ import dataclasses
 import glob
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
 from cbbl_d2.data.datasets.public_data import first_existing, images_bar
@@ -50,6 +52,7 @@ from .labeled_images import (
 
 __all__ = ["VocFile", "VocObject", "convert_voc", "read_voc_file"]
 
+_USUAL = ("train", "val", "trainval", "test")
 _LISTS = os.path.join("ImageSets", "Main")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -80,6 +83,8 @@ class _Split:
     """folders"""
     list_file: str = ""
     """names the files that are meant; "": all"""
+    part: str = ""
+    """a folder in ``images``, to which the split keeps; "": all of it"""
 
 
 def convert_voc(
@@ -108,39 +113,59 @@ def convert_voc(
     Raises:
         UserError: files are missing, malformed or cannot be written; names the first one.
     """
-    there = _find_splits(root, images, annotations)
+    there, passed_over = _find_splits(root, images, annotations)
     chosen = choose_splits(there, splits, root)
     # Classes and coordinates are those of the whole data set, whatever is converted of it.
     files = {}
     for folder in dict.fromkeys(split.annotations for split in there.values()):
         files[folder] = _read_folder(folder)
+    for folder in (there[name].annotations for name in chosen):
+        if not files[folder]:
+            raise UserError(
+                f"{folder}: no XML files: give their folder as --annotations (or choose the other "
+                "splits with --split)"
+            )
     every = [file for found in files.values() for file in found.values()]
     names = read_class_list(classes) if classes else _class_names(every)
     own = [file for file in every if file.is_of_voc]
-    if any(min(x.corners) < 1 for file in own for x in file.objects):
-        own = []
-    own = {"pixels": every, "corners": [], None: own}[coordinates]
+    under_1 = ""
+    if coordinates is None:
+        under_1 = next(
+            (
+                os.path.join(folder, f"{key}.xml")
+                for folder, found in files.items()
+                for key, file in found.items()
+                if _is_under_1(file)
+            ),
+            "",
+        )
+    own = {"pixels": every, "corners": [], None: [] if under_1 else own}[coordinates]
+    because = f": {under_1} calls itself VOC's and has a number under 1" if under_1 else ""
     read = {}
     for name in chosen:
         xmls = files[there[name].annotations]
         read[name] = _read_split(name, there[name], xmls, names, {id(file) for file in own})
     return [
         *write_splits(root, read, names, "VOC labels,"),
+        *([f"passed over: {listed(passed_over)}"] if passed_over else []),
         f"coordinates: numbers of pixels from 1, as in VOC, in {count(len(own), 'file', 'files')}; "
-        f"corners, as LabelImg, CVAT and Roboflow write, in {len(every) - len(own)} (--coordinates "
-        "decides it otherwise)",
+        f"corners, as LabelImg, CVAT and Roboflow write, in {len(every) - len(own)}{because} "
+        "(--coordinates decides it otherwise)",
     ]
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _find_splits(root: str, images: str | None, annotations: str | None) -> dict[str, _Split]:
+def _find_splits(
+    root: str, images: str | None, annotations: str | None
+) -> tuple[dict[str, _Split], list[str]]:
+    """The splits, and the files beside them that are in none."""
     lists = os.path.join(root, _LISTS)
     usual = [os.path.join(root, name) for name in (_LISTS, "Annotations", "annotations")]
     folders = folders_of_splits(root)
     if folders and not images and not annotations and not any(map(os.path.isdir, usual)):
-        return {name: _Split(folder, folder) for name, folder in folders.items()}
+        return {name: _Split(folder, folder) for name, folder in folders.items()}, []
     images = images or first_existing(root, ("JPEGImages", "images", "."), "images")
     annotations = annotations or first_existing(root, ("Annotations", "annotations", "."), "XML")
     images, annotations = (os.path.join(root, folder) for folder in (images, annotations))
@@ -149,21 +174,56 @@ def _find_splits(root: str, images: str | None, annotations: str | None) -> dict
             raise UserError(f"{folder}: no such folder: correct --images or --annotations")
     names = sorted(os.listdir(lists)) if os.path.isdir(lists) else []
     names = [name.removesuffix(".txt") for name in names if name.endswith(".txt")]
-    # The others are those of single classes.
-    usual = [name for name in ("train", "val", "trainval", "test") if name in names]
-    if not names:
-        return {"all": _Split(images, annotations)}
-    files = {name: os.path.join(lists, f"{name}.txt") for name in usual or names}
-    return {name: _Split(images, annotations, file) for name, file in files.items()}
+    of_classes = [name for name in names if _is_of_a_class(lists, name, names)]
+    passed_over = [os.path.join(lists, f"{name}.txt") for name in of_classes]
+    names = [name for name in names if name not in of_classes]
+    if names:
+        # sorted() keeps the order of names that compare equal.
+        names = sorted(names, key=lambda name: [*_USUAL, name].index(name))
+        files = {name: os.path.join(lists, f"{name}.txt") for name in names}
+        splits = {name: _Split(images, annotations, file) for name, file in files.items()}
+        return splits, passed_over
+    folders = folders_of_splits(images)
+    if not folders:
+        return {"all": _Split(images, annotations)}, passed_over
+    passed_over += _outside(find_images(images), folders.values())
+    if not folders_of_splits(annotations):
+        splits = {x: _Split(images, annotations, part=folder) for x, folder in folders.items()}
+        return splits, passed_over
+    folders = {name: (path, os.path.join(annotations, name)) for name, path in folders.items()}
+    passed_over += _outside(_xml_files(annotations), [xmls for _, xmls in folders.values()])
+    return {name: _Split(*paths) for name, paths in folders.items()}, passed_over
+
+
+def _is_of_a_class(folder: str, name: str, names: Sequence[str]) -> bool:
+    """
+    Whether a list is one of VOC's for a single class, as ``dog_train``: each line is an image and
+    1, 0 or -1. Other tools write them for splits with other names, too.
+
+    Args:
+        names: of all lists that are there.
+    """
+    kind, _, split = name.rpartition("_")
+    if not kind or split not in {*_USUAL, *names}:
+        return False
+    lines = [line.split() for line in read_lines(os.path.join(folder, f"{name}.txt")) if line]
+    return all(len(words) > 1 and words[-1] in ("1", "0", "-1") for words in lines)
+
+
+def _outside(paths: Iterable[str], folders: Iterable[str]) -> list[str]:
+    """Those of the paths that are in none of the folders."""
+    starts = tuple(os.path.join(folder, "") for folder in folders)
+    return [path for path in paths if not path.startswith(starts)]
+
+
+def _xml_files(folder: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.xml"), recursive=True))
 
 
 def _read_folder(folder: str) -> dict[str, VocFile]:
     """Path of an XML, relative and without extension -> what it says."""
     found, problems = {}, []
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.xml"), recursive=True))
-    if not paths:
-        raise UserError(f"{folder}: no XML files: give their folder as --annotations")
-    for path in images_bar(paths, f"VOC {folder}"):
+    for path in images_bar(_xml_files(folder), f"VOC {folder}"):
         try:
             found[os.path.relpath(os.path.splitext(path)[0], folder)] = read_voc_file(path)
         except UserError as e:
@@ -219,6 +279,11 @@ def read_voc_file(path: str) -> VocFile:
     )
 
 
+def _is_under_1(file: VocFile) -> bool:
+    """Whether a file that calls itself VOC's own has a number that VOC does not know."""
+    return file.is_of_voc and any(min(x.corners) < 1 for x in file.objects)
+
+
 def _class_names(files: Sequence[VocFile]) -> list[str]:
     names = sorted({x.name for file in files for x in file.objects})
     if not names:
@@ -255,6 +320,9 @@ def _read_split(
             chosen[path] = key
     if not split.list_file:
         chosen.update({path: "" for path in paths.all if path not in chosen})
+    if split.part:
+        others = set(_outside(chosen, [split.part]))
+        chosen = {path: key for path, key in chosen.items() if path not in others}
     images = []
     for path, key in images_bar(sorted(chosen.items()), f"VOC {name}"):
         xml = os.path.join(split.annotations, f"{key}.xml")
@@ -270,8 +338,12 @@ def _read_split(
             images.append(image)
     refuse(problems, "files")
     if not images:
-        raise UserError(f"{split.list_file or split.images}: no images: is it the right one?")
-    check_some_labels(images, name, os.path.join(split.annotations, f"{keys[0]}.xml"))
+        where = split.list_file or split.part or split.images
+        raise UserError(
+            f"{where}: no images: is it the right one? (or choose the others with --split)"
+        )
+    first = os.path.splitext(os.path.relpath(images[0].path, split.images))[0]
+    check_some_labels(images, name, os.path.join(split.annotations, f"{first}.xml"))
     return images
 
 

@@ -4,19 +4,21 @@ YOLO's labels: a text file for each image, a line for each object, in fractions 
 ============================================  ======================================================
 class x y width height                        a box, x and y of its middle
 class x1 y1 x2 y2 x3 y3 ...                   a polygon, or the corners of an oriented box: the box
-                                              around it, and the polygon as ``segmentation``
+                                              around it, counted, and the polygon as
+                                              ``segmentation``
 class x y width height, and keypoints         the box, where the YAML has ``kpt_shape``; keypoints
                                               are left out and counted
 a box without width or height                 left out and counted
+a line that repeats one of its file           left out and counted, as in Ultralytics
 ============================================  ======================================================
 
 Anything else is refused: another number of values (six are a file of detections), what is no number
 or no fraction, a class that has no name.
 
 The splits are those of a YAML (``path``, ``train``, ``val``, ``test``, ``names``, as Ultralytics
-reads them): folders, or text files that list images. Without a YAML, a list of classes, and the
-folders ``train``, ``val``, ``valid`` and ``test`` in ``images``. The labels of ``images/a/1.jpg``
-are in ``labels/a/1.txt``, or beside the image.
+reads them, and ``valid``): folders, or text files that list images. Without a YAML, a list of
+classes, and the folders ``train``, ``val``, ``valid`` and ``test`` in ``images``. The labels of
+``images/a/1.jpg`` are in ``labels/a/1.txt``, or beside the image.
 """
 
 import functools
@@ -33,6 +35,7 @@ from cbbl_d2.yaml_checks import check_yaml
 from .labeled_images import (
     NO_LABEL_FILE,
     NO_SIZE,
+    SPLITS,
     LabeledImage,
     LabeledObject,
     check_class_list,
@@ -48,10 +51,9 @@ from .labeled_images import (
 
 __all__ = ["convert_yolo", "parse_yolo_line"]
 
-_SPLITS = ("train", "val", "test")
 _CLASS_LIST = "classes.txt"
 # Text files that stand among label files.
-_NO_LABELS = {_CLASS_LIST, "train.txt", "val.txt", "test.txt"}
+_NO_LABELS = {_CLASS_LIST, *(f"{split}.txt" for split in SPLITS)}
 # Fractions may be that far outside [0, 1], as in Ultralytics: rounding, and polygons at the edge.
 _TOLERANCE = 0.01
 
@@ -85,9 +87,9 @@ def convert_yolo(
         content = _read_yaml(data)
         names, where = _class_names(content, data), data
         num_keypoint_values = _num_keypoint_values(content, data)
-        there = {s: content[s] for s in _SPLITS if not _is_nothing(content.get(s))}
+        there = {s: content[s] for s in SPLITS if not _is_nothing(content.get(s))}
         if not there:
-            raise UserError(f"{data}: has none of {listed(_SPLITS)}: add the folders of images")
+            raise UserError(f"{data}: has none of {listed(SPLITS)}: add the folders of images")
         bases = [root] if _is_nothing(content.get("path")) else [content["path"], "."]
         bases = [os.path.join(root, base) for base in bases]
     else:
@@ -130,7 +132,7 @@ def _read_yaml(path: str) -> dict:
     with open(path, encoding="utf-8") as f:
         # Every value stays text: as YAML's own types a class "no" would be False, and "01" be 1.
         content = yaml.load(f, Loader=yaml.BaseLoader)
-    for key in ("path", *_SPLITS):
+    for key in ("path", *SPLITS):
         value = content.get(key, "")
         values = value if isinstance(value, list) and key != "path" else [value]
         if not all(isinstance(x, str) for x in values):
@@ -202,7 +204,10 @@ def _find_images(entries: str | list[str], bases: Sequence[str], where: str) -> 
     refuse(missing, "images")
     found = sorted({os.path.normpath(path) for path in found})
     if not found:
-        raise UserError(f"{where}: no images in {entries} ({', '.join(IMAGE_TYPES)})")
+        raise UserError(
+            f"{where}: no images in {entries} ({', '.join(IMAGE_TYPES)}): correct it (or choose "
+            "the others with --split)"
+        )
     return found
 
 
@@ -254,13 +259,18 @@ def _read_split(files: Sequence[str], split: str, parse: Callable) -> list[Label
         if not os.path.exists(label_file):
             image.notes[NO_LABEL_FILE] += 1
             continue
+        seen = set()
         for number, line in enumerate(read_lines(label_file), start=1):
             try:
                 parsed = parse(line) if line else None
             except ValueError as e:
                 problems.append(f"{label_file}, line {number}: {short(line)}: {e}")
                 continue
-            if parsed:
+            words = tuple(line.split())
+            if parsed and words in seen:
+                image.notes["repeated lines, left out"] += 1
+            elif parsed:
+                seen.add(words)
                 _add(image, *parsed)
     refuse(problems, "images and lines")
     check_some_labels(images, split, next(iter(image_of)))
@@ -321,6 +331,7 @@ def _add(image: LabeledImage, number: int, values: list[float], has_keypoints: b
     if width <= 0 or height <= 0:
         image.notes[NO_SIZE] += 1
         return
+    image.notes["polygons, taken as the box around them"] += bool(polygon)
     box = x0 * image.width, y0 * image.height, width * image.width, height * image.height
     image.objects.append(LabeledObject(number, box, tuple(polygon)))
 

@@ -95,6 +95,7 @@ def test_files_of_voc_hold_pixels(root, database, least, is_pixels):
     lines = convert_voc(str(root))
     assert boxes(read(root))[0] == ([4, 5, 16.5, 25] if is_pixels else [5, 6, 15.5, 24])
     assert f"pixels from 1, as in VOC, in {2 if is_pixels else 0} files" in lines[-1]
+    assert (f"{root / 'Annotations' / 'b.xml'} calls itself VOC's" in lines[-1]) == (least == 0)
 
 
 def test_one_pixel_is_a_size_and_none_is_not(root):
@@ -182,6 +183,51 @@ def test_the_folders_of_roboflow_and_kaggle(root, tmp_path):
     assert boxes(read(other)) == [[2, 2, 7, 7]]
 
 
+def test_every_list_is_a_split_but_those_of_classes(root):
+    for name in "12345":
+        make(root, thing(1, 1, 9, 9), name=name)
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    for number, name in enumerate(("train", "valid", "minival", "small_train"), start=1):
+        (lists / f"{name}.txt").write_text(f"{number}\n")
+    (lists / "dog_minival.txt").write_text("1  1\n2 -1\n3  0\n")
+    (lists / "dog_val.txt").write_text("")
+    text = "\n".join(convert_voc(str(root)))
+    assert {p.name for p in (root / "coco").iterdir()} == {
+        f"instances_{name}.json" for name in ("train", "valid", "minival", "small_train")
+    }
+    assert f"passed over: {lists / 'dog_minival.txt'}, {lists / 'dog_val.txt'}\n" in text
+    (root / "coco" / "instances_valid.json").unlink()
+    convert_voc(str(root), splits=["valid"])
+    assert [i["file_name"] for i in read(root, "valid")["images"]] == ["JPEGImages/2.jpg"]
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_folders_of_splits_within_images(root, is_flat):
+    for split, start in (("train", 1), ("val", 2)):
+        image(root / "images" / split / f"{split}.jpg")
+        folder = root / "annotations" / ("" if is_flat else split)
+        xml(folder / f"{split}.xml", thing(start, 1, 9, 9))
+    image(root / "images" / "test" / "c.jpg")
+    image(root / "images" / "more" / "d.jpg")
+    assert "--split" in error(root)  # the labels of test are not there
+    lines = convert_voc(str(root), splits=["train", "val"])
+    assert boxes(read(root, "train")) == [[1, 1, 8, 8]]
+    assert boxes(read(root, "val")) == [[2, 1, 7, 8]]
+    assert [i["file_name"] for i in read(root, "val")["images"]] == ["images/val/val.jpg"]
+    assert f"passed over: {root / 'images' / 'more' / 'd.jpg'}" in lines
+
+
+def test_an_unlabeled_split_does_not_stop_the_others(root):
+    for split in ("train", "test"):
+        image(root / split / "a.jpg")
+    xml(root / "train" / "a.xml", thing(1, 1, 9, 9))
+    text = error(root)
+    assert f"{root / 'test'}: no XML files" in text and "--split" in text
+    convert_voc(str(root), splits=["train"])
+    assert boxes(read(root, "train")) == [[1, 1, 8, 8]]
+
+
 def test_a_stale_file_name_does_not_count_and_a_true_one_helps(root):
     make(root, thing(1, 1, 9, 9), file_name="c.jpg")
     make(root, thing(2, 2, 9, 9), name="b", file_name="b.png")
@@ -260,7 +306,7 @@ def test_images_and_files_that_are_missing(root):
     text = error(root)
     assert "train.txt: the image b is not in" in text and "(2 files in all" in text
     (lists / "train.txt").write_text("\n")
-    assert "train.txt: no images" in error(root)
+    assert "train.txt: no images" in error(root) and "--split" in error(root)
     image(root / "JPEGImages" / "b.jpg")
     (lists / "train.txt").write_text("b\n")
     assert "train: none of the 1 image has a label file, the first should be" in error(root)

@@ -157,6 +157,15 @@ def test_what_is_left_out_or_over_the_edge_is_counted(root):
     np.testing.assert_allclose(boxes(read(root)), [[95, 22.5, 10, 5], [99.5, 24.75, 1, 0.5]])
 
 
+def test_polygons_and_repeated_lines_are_counted(root):
+    polygon = "0 .1 .1 .5 .1 .5 .5\n"
+    make(root, BOX + polygon + BOX + " " + BOX + polygon + "0" + BOX[1:])
+    (line, *_) = convert_yolo(str(root))
+    assert "polygons, taken as the box around them: 1" in line
+    assert "repeated lines, left out: 3" in line
+    assert len(boxes(read(root))) == 3  # two classes may have one box
+
+
 def test_keypoints_are_left_out(root):
     yaml = "train: images\nkpt_shape: [2, 3]\nnames: [x, y]\n"
     make(root, "1 .5 .5 .2 .4 .5 .5 2 .5 .5 0\n", yaml=yaml)
@@ -245,7 +254,7 @@ def test_two_images_of_one_label_file(root):
         ("train: {a: b}\nnames: [x, y]\n", "train must be text or a list"),
         ("path: [a]\ntrain: images\nnames: [x, y]\n", "path must be text"),
         ("train: [[images]]\nnames: [x, y]\n", "train must be text or a list"),
-        ("names: [x, y]\n", "has none of train, val, test"),
+        ("names: [x, y]\n", "has none of train, val, valid, test"),
         ("train: pictures\nnames: [x, y]\n", "no such folder or file as 'pictures'"),
         ("train: labels\nnames: [x, y]\n", "no images in labels"),
         ("train: list.txt\nnames: [x, y]\n", "the image images/none.jpg is not there"),
@@ -289,6 +298,17 @@ def test_roboflow(root):
     labels(root / "data.yaml", yaml)
     convert_yolo(str(root))
     assert names(root, "val") == ["valid/images/1.jpg"] and len(boxes(read(root, "val"))) == 1
+
+
+def test_valid_is_a_split(root):
+    layout(root, *((f"images/{s}/1.jpg", f"labels/{s}/1.txt") for s in ("train", "valid")))
+    labels(root / "data.yaml", "train: images/train\nvalid: images/valid\nnames: [x, y]\n")
+    convert_yolo(str(root))
+    assert names(root, "train") == ["images/train/1.jpg"]
+    assert names(root, "valid") == ["images/valid/1.jpg"]
+    (root / "images" / "valid" / "1.jpg").unlink()
+    with pytest.raises(UserError, match="no images in images/valid .*--split"):
+        convert_yolo(str(root))
 
 
 def test_lists_of_images(root, tmp_path):
