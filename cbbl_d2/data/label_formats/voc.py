@@ -18,8 +18,8 @@ an IoU of 0.89.
 The splits are the lists in ``ImageSets/Main``, but for those of single classes (``dog_train``: each
 line ends in 1, 0 or -1); without, the folders ``train``, ``val``, ``valid`` and ``test``, of images
 and XML files together or of each; without those, everything is one split, "all". What is in none of
-them is named as passed over. The size in an XML must be that of the image; one of 0, as LabelImg can
-write it, or none is passed over and counted.
+them is named as passed over. The size in an XML must be that of the image; one of 0, as LabelImg
+can write it, or none is passed over and counted.
 """
 
 import collections
