@@ -88,16 +88,17 @@ class DistributionsPerAnchor:
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
         result = super().inference_single_image(anchors, scores, logits, image_size)
-        decoded = result.pred_boxes.tensor.clone()
+        boxes, result.pred_boxes = result.pred_boxes, result.pred_boxes.clone()
         result.pred_boxes.clip(result.image_size)  # as the base class will
         set_uncertainty(
             result,
             self.box2box_transform,
             result.logits,
             result.source_boxes,
-            decoded,
+            boxes.tensor,
             self.keeps_distributions,
         )
+        result.pred_boxes = boxes
         for field in ("logits", "source_boxes"):
             result.remove(field)
         if self.voting_sigma > 0:
