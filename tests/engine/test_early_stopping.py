@@ -303,6 +303,7 @@ def _last_iteration(rank, folder):
             if loop.stopping.has_stopped:
                 break
     (folder / str(rank)).write_text(f"{loop.iter} {loop.max_iter}")
+    torch.distributed.barrier()  # see test_validation_loss.py
     torch.distributed.destroy_process_group()
 
 

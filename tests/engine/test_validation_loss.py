@@ -211,6 +211,7 @@ def _losses_of_a_share(rank, folder):
         for name in ("faster", "retinanet")
     ]
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()  # gloo's threads may abort a process that leaves while the other one reads
     dist.destroy_process_group()
 
 
