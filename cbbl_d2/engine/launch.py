@@ -139,6 +139,10 @@ def _run_process(main: Callable, args: argparse.Namespace, timeout: timedelta, e
         sys.exit(e.exit_status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    else:
+        # Left to the end of the process, gloo's threads can abort it: a failure after all is done.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _no_answer(timeout: timedelta) -> str:
