@@ -25,10 +25,19 @@ import tqdm
 from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.engine import load_config, one_line_errors
-from cbbl_d2.errors import UserError
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from head import alternate, get_parser, inference, peak_memories, ratio, start, train_step
+from head import (
+    add_pairs,
+    alternate,
+    get_parser,
+    inference,
+    peak_memories,
+    ratio,
+    read_pairs,
+    start,
+    train_step,
+)
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "SmallShapes")
 PAIRS = (
@@ -74,12 +83,7 @@ def compare(stock: str, cbbl: str, args: argparse.Namespace) -> str:
 @one_line_errors
 def main() -> None:
     parser = get_parser(__doc__, rounds=9)
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        metavar="CONFIG",
-        help="stock and C-BBL config in turn (default: all detectors of configs/SmallShapes)",
-    )
+    add_pairs(parser, "all detectors of configs/SmallShapes")
     parser.add_argument(
         "--overrides",
         nargs="+",
@@ -94,9 +98,7 @@ def main() -> None:
         help="processes per model that measure the peak of a training step (default: 0, none)",
     )
     args = parser.parse_args()
-    files = args.pairs or [os.path.join(CONFIGS, f"{name}.yaml") for pair in PAIRS for name in pair]
-    if len(files) % 2 != 0:
-        raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
+    pairs = read_pairs(args.pairs, CONFIGS, PAIRS)
 
     print(f"{start(args.threads)}, {args.rounds} rounds")
     columns = ["C-BBL config", "training step", "inference", "parameters, stock"]
@@ -105,7 +107,6 @@ def main() -> None:
         columns += ["peak memory of the process", "stock / C-BBL"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
-    pairs = list(zip(files[::2], files[1::2]))
     for stock, cbbl in tqdm.tqdm(pairs, desc="detectors", leave=False, disable=None):
         tqdm.tqdm.write(compare(stock, cbbl, args))
 

@@ -25,10 +25,9 @@ import torch
 import tqdm
 from cbbl_d2.architectures import detection_node
 from cbbl_d2.engine import load_config, one_line_errors
-from cbbl_d2.errors import UserError
 from cbbl_d2.export import detect, load_torchscript, to_onnx, to_torchscript
 from detectron2.modeling import build_model
-from head import get_parser, ratio, start
+from head import add_pairs, get_parser, ratio, read_pairs, start
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "HIT-UAV")
 PAIRS = (
@@ -137,18 +136,10 @@ def rows(name: str, models: dict, size: str, rounds: int, clock: Callable) -> li
 @one_line_errors
 def main() -> None:
     parser = get_parser(__doc__, rounds=21)
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        metavar="CONFIG",
-        help="stock and C-BBL config in turn (default: Faster R-CNN, FCOS and RetinaNet of "
-        "configs/HIT-UAV)",
-    )
+    add_pairs(parser, "Faster R-CNN, FCOS and RetinaNet of configs/HIT-UAV")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HxW", help="of the images")
     args = parser.parse_args()
-    files = args.pairs or [os.path.join(CONFIGS, f"{name}.yaml") for pair in PAIRS for name in pair]
-    if len(files) % 2 != 0:
-        raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
+    pairs = read_pairs(args.pairs, CONFIGS, PAIRS)
     warnings.simplefilter("ignore")
     clock = time.process_time if args.threads == 1 else time.perf_counter
 
@@ -160,7 +151,7 @@ def main() -> None:
     print(" | C-BBL adds | C-BBL: eager / this |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     graphs = []
-    for pair in zip(files[::2], files[1::2]):
+    for pair in pairs:
         name = os.path.splitext(os.path.basename(pair[1]))[0]
         image, models, contents = noise(256, 320), {}, []
         for twin, model in zip(TWINS, build_twins(pair, image)):

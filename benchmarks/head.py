@@ -18,12 +18,13 @@ import os
 import platform
 import statistics
 import time
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import tqdm
 from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
 from cbbl_d2.engine import load_config, one_line_errors
+from cbbl_d2.errors import UserError
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -33,6 +34,36 @@ from torch.utils.benchmark import Timer
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
 STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
 CBBL = os.path.join(CONFIGS, "cbbl_faster_rcnn_R_50_FPN_1x.yaml")
+
+
+def add_pairs(parser: argparse.ArgumentParser, default: str) -> None:
+    """
+    Args:
+        default: which configs are taken without ``--pairs``.
+    """
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="CONFIG",
+        help=f"stock and C-BBL config in turn (default: {default})",
+    )
+
+
+def read_pairs(
+    files: Optional[Sequence[str]], folder: str, names: Sequence[Tuple[str, str]]
+) -> List[Tuple[str, str]]:
+    """
+    Args:
+        files: as ``--pairs`` has them.
+        folder, names: the pairs without, names of YAML files in a folder.
+
+    Raises:
+        UserError: an odd number of files.
+    """
+    files = files or [os.path.join(folder, f"{name}.yaml") for pair in names for name in pair]
+    if len(files) % 2 != 0:
+        raise UserError(f"--pairs: need a stock and a C-BBL config in turn, got {len(files)} files")
+    return list(zip(files[::2], files[1::2]))
 
 
 def get_parser(description: str, rounds: int) -> argparse.ArgumentParser:

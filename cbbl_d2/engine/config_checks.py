@@ -18,6 +18,7 @@ from detectron2.modeling import (
 )
 
 from .config_values import ALWAYS, IN_TRAINING
+from .hooks import is_validation_loss
 
 
 def check_engine_config(cfg: CfgNode, num_processes: int = 1, eval_only: bool = False) -> None:
@@ -119,7 +120,7 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
 
 def _check_best_metric(cfg: CfgNode) -> None:
     metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING
-    if metric.split("/")[-2:-1] == ["val"] and not cfg.TEST.LOSS:
+    if is_validation_loss(metric) and not cfg.TEST.LOSS:
         raise ConfigError(f"TEST.BEST_METRIC = {metric}: needs TEST.LOSS True, which measures it")
     if patience > 0 and not cfg.DATASETS.TEST:
         raise ConfigError(

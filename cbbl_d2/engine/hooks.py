@@ -145,6 +145,11 @@ class TrainingPrinter(CommonMetricPrinter):
             del storage.histories
 
 
+def is_validation_loss(metric: str) -> bool:
+    """Whether a name in ``metrics.json`` is one of what ``TEST.LOSS`` measures."""
+    return metric.split("/")[-2:-1] == ["val"]
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
     """
     Detectron2's, which forgets on resume how good its ``model_best.pth`` is. Of a loss the lowest
@@ -157,7 +162,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             metric: its name in ``metrics.json``.
             must_exist: an evaluation without it ends the training.
         """
-        mode = "min" if metric.split("/")[-2:-1] == ["val"] else "max"  # those of TEST.LOSS
+        mode = "min" if is_validation_loss(metric) else "max"
         super().__init__(eval_period, checkpointer, metric, mode)
         self.metric = metric
         self._must_exist = must_exist

@@ -9,6 +9,7 @@ import torch
 from cbbl_d2.errors import UserError
 from cbbl_d2.files import open_whole
 from cbbl_d2.messages import count, plot_text
+from cbbl_d2.modeling.uncertainty import std_in_pixels
 from cbbl_d2.visualization import ClassStyle, draw_boxes, enlarge
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from matplotlib.colors import to_rgb
@@ -182,7 +183,7 @@ def plot_explanation(
     name = style.name(int(detection.pred_classes[0]))
     score = f"{float(detection.scores[0]):.0%}"
     figure.suptitle(plot_text(f"{frame.file_name}: {name} {score}"), fontsize=11)
-    std = detection.pred_boxes_std[0].numpy() * np.tile(box[2:] - box[:2], 2)
+    std = std_in_pixels(detection.pred_boxes_std, detection.pred_boxes.tensor)[0].numpy()
     _draw_crop(mosaic["crop"], frame.image, box, std, truth)
     values = zip(("x1", "y1", "x2", "y2"), box, std)
     sides = ", ".join(f"{side} {x:.1f} \N{PLUS-MINUS SIGN} {d:.1f}" for side, x, d in values)
