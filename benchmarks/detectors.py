@@ -18,7 +18,7 @@ each pair gets them, and may be the first one's file.
 import argparse
 import os
 import statistics
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import tqdm
@@ -28,8 +28,10 @@ from cbbl_d2.engine import load_config, one_line_errors
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from head import (
+    add_autocast,
     add_pairs,
     alternate,
+    autocast,
     get_parser,
     inference,
     peak_memories,
@@ -51,20 +53,25 @@ PAIRS = (
 )
 
 
-def make_model(config_file: str, overrides: List[str]) -> Tuple[torch.nn.Module, List[Dict]]:
+def make_model(
+    config_file: str, overrides: List[str], dtype: Optional[str]
+) -> Tuple[torch.nn.Module, List[Dict]]:
     """The model, and a batch that is the same for all configs of one data set."""
     cfg = load_config(config_file, overrides)
     # An untrained dense detector is sure of nothing, and would decode no box.
     set_score_threshold(cfg, 0.0)
     seed_all_rng(1)
-    model = build_model(cfg)
+    model = autocast(build_model(cfg), dtype)
     seed_all_rng(1)
     return model, next(iter(ResumableTrainLoader(cfg)))
 
 
 def compare(stock: str, cbbl: str, args: argparse.Namespace) -> str:
     """A row of the table."""
-    makers = {"stock": (make_model, stock, []), "cbbl": (make_model, cbbl, args.overrides)}
+    makers = {
+        name: (make_model, config, overrides, args.autocast)
+        for name, config, overrides in (("stock", stock, []), ("cbbl", cbbl, args.overrides))
+    }
     models = {name: make(*rest) for name, (make, *rest) in makers.items()}
     times = alternate(models, args.rounds)
     cells = [os.path.splitext(os.path.basename(cbbl))[0]]
@@ -83,6 +90,7 @@ def compare(stock: str, cbbl: str, args: argparse.Namespace) -> str:
 @one_line_errors
 def main() -> None:
     parser = get_parser(__doc__, rounds=9)
+    add_autocast(parser)
     add_pairs(parser, "all detectors of configs/SmallShapes")
     parser.add_argument(
         "--overrides",
@@ -100,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     pairs = read_pairs(args.pairs, CONFIGS, PAIRS)
 
-    print(f"{start(args.threads)}, {args.rounds} rounds")
+    print(f"{start(args.threads)}, {args.rounds} rounds, {args.autocast or 'float32'}")
     columns = ["C-BBL config", "training step", "inference", "parameters, stock"]
     columns.append("parameters, C-BBL")
     if args.memory_rounds > 0:

@@ -4,6 +4,7 @@ What a C-BBL head costs, against Detectron2's own head measured in the same run,
 
     python benchmarks/head.py                      # R-50-FPN at 800x1333
     python benchmarks/head.py --size 480 640 --rounds 3
+    python benchmarks/head.py --images 4 --autocast float16    # on a GPU
 
 Prints ratios (C-BBL / stock): training step, peak memory, parameters, inference. And the time of
 cross entropy + decoding for 512 boxes, forward and backward, against a dense one-hot
@@ -25,6 +26,7 @@ import tqdm
 from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
 from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
+from cbbl_d2.messages import count
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -80,6 +82,22 @@ def get_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
+def add_autocast(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--autocast",
+        choices=("float16", "bfloat16"),
+        help="mixed precision; SOLVER.AMP.ENABLED is float16 (default: none)",
+    )
+
+
+def autocast(model: torch.nn.Module, dtype: Optional[str]) -> torch.nn.Module:
+    """The same model, in mixed precision if ``dtype`` is the name of one of torch's."""
+    if dtype is not None:
+        context = torch.autocast(model.device.type, getattr(torch, dtype))
+        model.forward = context(model.forward)
+    return model
+
+
 def start(threads: int) -> str:
     """Sets the number of threads. Returns what it is run with, for the first line."""
     torch.set_num_threads(threads)
@@ -90,9 +108,9 @@ def start(threads: int) -> str:
     return f"{where}, threads: {threads}, torch {torch.__version__}, Python {version}"
 
 
-def make_model(config_file: str, class_specific: bool) -> torch.nn.Module:
+def make_model(config_file: str, args: argparse.Namespace) -> torch.nn.Module:
     cfg = load_config(config_file)
-    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = not class_specific
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = not args.class_specific
     torch.manual_seed(0)
     model = build_model(cfg)
     # From random weights the frozen batch norms of a ResNet blow up its features, and every
@@ -100,11 +118,15 @@ def make_model(config_file: str, class_specific: bool) -> torch.nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("conv3.norm.weight"):
             buffer.fill_(0.1)
-    return model
+    return autocast(model, args.autocast)
 
 
-def make_inputs(height: int, width: int, num_objects: int = 30) -> List[Dict]:
-    generator = torch.Generator().manual_seed(0)
+def make_inputs(num_images: int, height: int, width: int) -> List[Dict]:
+    return [make_input(seed, height, width) for seed in range(num_images)]
+
+
+def make_input(seed: int, height: int, width: int, num_objects: int = 30) -> Dict:
+    generator = torch.Generator().manual_seed(seed)
     low = torch.rand(num_objects, 2, generator=generator) * torch.tensor([width, height]) * 0.9
     size = 8 + torch.rand(num_objects, 2, generator=generator) * 60
     instances = Instances((height, width))
@@ -112,13 +134,13 @@ def make_inputs(height: int, width: int, num_objects: int = 30) -> List[Dict]:
     instances.gt_boxes.clip((height, width))
     instances.gt_classes = torch.randint(80, (num_objects,), generator=generator)
     image = torch.rand(3, height, width, generator=generator) * 255
-    return [{"image": image, "instances": instances, "height": height, "width": width}]
+    return {"image": image, "instances": instances, "height": height, "width": width}
 
 
 def make_model_and_inputs(
-    config_file: str, class_specific: bool, size: List[int]
+    config_file: str, args: argparse.Namespace
 ) -> Tuple[torch.nn.Module, List[Dict]]:
-    return make_model(config_file, class_specific), make_inputs(*size)
+    return make_model(config_file, args), make_inputs(args.images, *args.size)
 
 
 def train_step(model: torch.nn.Module, inputs: List[Dict]) -> None:
@@ -207,24 +229,23 @@ def ratio(stock: List[float], cbbl: List[float]) -> str:
 
 def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> None:
     print(
-        f"{name:<18} stock {statistics.median(stock):10.2f} {unit:<4} "
-        f"C-BBL {statistics.median(cbbl):10.2f} {unit:<4} ratio {ratio(stock, cbbl)}",
+        f"{name:<18} stock {statistics.median(stock):10.3f} {unit:<4} "
+        f"C-BBL {statistics.median(cbbl):10.3f} {unit:<4} ratio {ratio(stock, cbbl)}",
         flush=True,
     )
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    models = {name: make_model(name, args.class_specific) for name in (STOCK, CBBL)}
-    inputs = make_inputs(*args.size)
-    times = alternate({name: (model, inputs) for name, model in models.items()}, args.rounds)
+    models = {name: make_model_and_inputs(name, args) for name in (STOCK, CBBL)}
+    times = alternate(models, args.rounds)
     for label, function in (("training step", train_step), ("inference", inference)):
         show_ratio(label, times[STOCK, function], times[CBBL, function], "s")
-    counts = {n: [sum(p.numel() for p in m.parameters()) / 1e6] for n, m in models.items()}
+    counts = {n: [sum(p.numel() for p in m.parameters()) / 1e6] for n, (m, _) in models.items()}
     show_ratio("parameters", counts[STOCK], counts[CBBL], "M")
     del models
     gc.collect()
 
-    makers = {n: (make_model_and_inputs, n, args.class_specific, args.size) for n in (STOCK, CBBL)}
+    makers = {name: (make_model_and_inputs, name, args) for name in (STOCK, CBBL)}
     memory = peak_memories(makers, args.memory_rounds, args.threads)
     show_ratio("peak memory", memory[STOCK], memory[CBBL], "MiB")
 
@@ -282,6 +303,8 @@ def main() -> None:
         metavar=("H", "W"),
         help="of the image, in pixels (default: 800 1333)",
     )
+    add_autocast(parser)
+    parser.add_argument("--images", type=int, default=1, help="of a batch (default: 1)")
     parser.add_argument(
         "--memory-rounds", type=int, default=2, help="processes per model (default: 2)"
     )
@@ -293,7 +316,8 @@ def main() -> None:
     print(start(args.threads))
     if not args.loss_only:
         kind = "class-specific" if args.class_specific else "class-agnostic"
-        print(f"Faster R-CNN R-50-FPN, one image of {args.size[0]}x{args.size[1]}, {kind}")
+        images = f"{count(args.images, 'image', 'images')} of {args.size[0]}x{args.size[1]}"
+        print(f"Faster R-CNN R-50-FPN, {images}, {kind}, {args.autocast or 'float32'}")
         compare_models(args)
     print(f"Loss + decoding of {args.boxes} boxes; 'stock' is dense one-hot DFL")
     for num_intervals in (5, 16):
