@@ -5,6 +5,7 @@ What a C-BBL head costs, against Detectron2's own head measured in the same run,
     python benchmarks/head.py                      # R-50-FPN at 800x1333
     python benchmarks/head.py --size 480 640 --rounds 3
     python benchmarks/head.py --images 4 --autocast float16    # on a GPU
+    python benchmarks/head.py --pairs configs/COCO-Detection/{giou,cbbl}_fcos_R_50_FPN_1x.yaml
 
 Prints ratios (C-BBL / stock): training step, peak memory, parameters, inference. And the time of
 cross entropy + decoding for 512 boxes, forward and backward, against a dense one-hot
@@ -23,6 +24,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import tqdm
+from cbbl_d2.architectures import set_score_threshold
 from cbbl_d2.distribution import cbbl_loss, expectation, exponential_grid
 from cbbl_d2.engine import load_config, one_line_errors
 from cbbl_d2.errors import UserError
@@ -34,8 +36,7 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs", "COCO-Detection")
-STOCK = os.path.join(CONFIGS, "smooth_l1_faster_rcnn_R_50_FPN_1x.yaml")
-CBBL = os.path.join(CONFIGS, "cbbl_faster_rcnn_R_50_FPN_1x.yaml")
+PAIRS = (("smooth_l1_faster_rcnn_R_50_FPN_1x", "cbbl_faster_rcnn_R_50_FPN_1x"),)
 
 
 def add_pairs(parser: argparse.ArgumentParser, default: str) -> None:
@@ -111,6 +112,9 @@ def start(threads: int) -> str:
 def make_model(config_file: str, args: argparse.Namespace) -> torch.nn.Module:
     cfg = load_config(config_file)
     cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = not args.class_specific
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        # An untrained dense detector is sure of nothing, and would decode no box.
+        set_score_threshold(cfg, 0.0)
     torch.manual_seed(0)
     model = build_model(cfg)
     # From random weights the frozen batch norms of a ResNet blow up its features, and every
@@ -235,19 +239,20 @@ def show_ratio(name: str, stock: List[float], cbbl: List[float], unit: str) -> N
     )
 
 
-def compare_models(args: argparse.Namespace) -> None:
-    models = {name: make_model_and_inputs(name, args) for name in (STOCK, CBBL)}
+def compare_models(stock: str, cbbl: str, args: argparse.Namespace) -> None:
+    models = {name: make_model_and_inputs(name, args) for name in (stock, cbbl)}
     times = alternate(models, args.rounds)
     for label, function in (("training step", train_step), ("inference", inference)):
-        show_ratio(label, times[STOCK, function], times[CBBL, function], "s")
+        show_ratio(label, times[stock, function], times[cbbl, function], "s")
     counts = {n: [sum(p.numel() for p in m.parameters()) / 1e6] for n, (m, _) in models.items()}
-    show_ratio("parameters", counts[STOCK], counts[CBBL], "M")
+    show_ratio("parameters", counts[stock], counts[cbbl], "M")
     del models
     gc.collect()
 
-    makers = {name: (make_model_and_inputs, name, args) for name in (STOCK, CBBL)}
-    memory = peak_memories(makers, args.memory_rounds, args.threads)
-    show_ratio("peak memory", memory[STOCK], memory[CBBL], "MiB")
+    if args.memory_rounds > 0:
+        makers = {name: (make_model_and_inputs, name, args) for name in (stock, cbbl)}
+        memory = peak_memories(makers, args.memory_rounds, args.threads)
+        show_ratio("peak memory", memory[stock], memory[cbbl], "MiB")
 
 
 def dense_dfl(logits: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
@@ -304,9 +309,10 @@ def main() -> None:
         help="of the image, in pixels (default: 800 1333)",
     )
     add_autocast(parser)
+    add_pairs(parser, "Faster R-CNN R-50-FPN")
     parser.add_argument("--images", type=int, default=1, help="of a batch (default: 1)")
     parser.add_argument(
-        "--memory-rounds", type=int, default=2, help="processes per model (default: 2)"
+        "--memory-rounds", type=int, default=2, help="processes per model (default: 2; 0: none)"
     )
     parser.add_argument("--class-specific", action="store_true", help="K * 4 outputs, both heads")
     parser.add_argument("--boxes", type=int, default=512, help="of the loss (default: 512)")
@@ -314,11 +320,12 @@ def main() -> None:
     args = parser.parse_args()
 
     print(start(args.threads))
-    if not args.loss_only:
+    for stock, cbbl in [] if args.loss_only else read_pairs(args.pairs, CONFIGS, PAIRS):
         kind = "class-specific" if args.class_specific else "class-agnostic"
         images = f"{count(args.images, 'image', 'images')} of {args.size[0]}x{args.size[1]}"
-        print(f"Faster R-CNN R-50-FPN, {images}, {kind}, {args.autocast or 'float32'}")
-        compare_models(args)
+        name = os.path.splitext(os.path.basename(cbbl))[0]
+        print(f"{name}: {images}, {kind}, {args.autocast or 'float32'}")
+        compare_models(stock, cbbl, args)
     print(f"Loss + decoding of {args.boxes} boxes; 'stock' is dense one-hot DFL")
     for num_intervals in (5, 16):
         compare_losses(args.boxes, num_intervals, max(args.rounds, 11))
