@@ -15,6 +15,7 @@ Naming convention:
 
 from .coding import (
     LABELS,
+    all_finite,
     entropy,
     expectation,
     one_hot,
@@ -30,6 +31,7 @@ from .spread import gaussian_variance
 __all__ = [
     "LABELS",
     "UNCERTAINTIES",
+    "all_finite",
     "cbbl_loss",
     "entropy",
     "expectation",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from cbbl_d2.distribution import cbbl_loss
+from cbbl_d2.distribution import all_finite, cbbl_loss
 from detectron2.layers import cat, nonzero_tuple
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
@@ -72,8 +72,8 @@ class LocalizationLoss:
             ValueError: unknown ``label`` or ``uncertainty``.
         """
         offsets = transform.get_deltas(source_boxes, target_boxes)
-        finite = torch.isfinite(offsets).all(dim=1)
-        if not finite.all():
+        if not all_finite(offsets):
+            finite = torch.isfinite(offsets).all(dim=1)
             # A broken box must neither become an index nor poison the mean of the others.
             if prefix is not None:
                 get_event_storage().put_scalar(f"{prefix}/nonfinite_targets", int((~finite).sum()))

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from cbbl_d2.distribution import (
+    all_finite,
     entropy,
     expectation,
     exponential_grid,
@@ -49,6 +50,21 @@ def test_two_hot_equals_a_slow_search():
         assert points[index] <= t <= points[index + 1]
         expected = (t - points[index]) / (points[index + 1] - points[index])
         assert weight == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([], True),
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # the sum is not
+        ([1.0, math.nan], False),
+        ([math.inf, 1.0], False),
+        ([math.inf, -math.inf], False),
+    ],
+)
+def test_all_finite(values, finite):
+    assert all_finite(torch.tensor(values)) is finite
 
 
 def test_two_hot_by_hand():
