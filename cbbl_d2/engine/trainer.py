@@ -14,6 +14,7 @@ from cbbl_d2.data.train_loader import ResumableTrainLoader
 from cbbl_d2.errors import ConfigError, Stopped, UserError
 from cbbl_d2.evaluation import build_coco_evaluator
 from cbbl_d2.files import remove_unfinished
+from cbbl_d2.modeling import CBBLGeneralizedRCNNWithTTA
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -311,5 +312,5 @@ class CBBLTrainer(DefaultTrainer):
         logger.info("Running inference with test-time augmentation")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        results = cls.test(cfg, CBBLGeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}

@@ -8,6 +8,7 @@ from .refinement import Refinement
 from .retinanet import CBBLRetinaNet
 from .roi_heads import CBBLCascadeROIHeads, CBBLRes5ROIHeads, CBBLROIHeads
 from .rpn import CBBLRPN
+from .test_time_augmentation import CBBLGeneralizedRCNNWithTTA
 from .torchvision_backbone import TorchvisionNetwork
 from .uncertainty import keep_distributions
 
@@ -17,6 +18,7 @@ __all__ = [
     "CBBLCascadeROIHeads",
     "CBBLFCOS",
     "CBBLFastRCNNOutputLayers",
+    "CBBLGeneralizedRCNNWithTTA",
     "CBBLROIHeads",
     "CBBLRPN",
     "CBBLRes5ROIHeads",
