@@ -171,7 +171,10 @@ def train(study: Study, jobs: int) -> List[Run]:
                     del running[run]
                     if process.returncode != 0 or stage.results() is None:
                         failed.append(run)
-                        bar.write(f"{run}: FAILED: {last_line(stage)}")
+                        # Not the last line of an evaluation that ended well: it may tell the AP of
+                        # a sealed one.
+                        why = last_line(stage) if process.returncode else "no result was written"
+                        bar.write(f"{run}: FAILED: {why}")
                     else:
                         proceed(run)
                 unfinished = {*waiting, *running, *failed}

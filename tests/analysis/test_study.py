@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from cbbl_d2.analysis.study import load_study
 from cbbl_d2.analysis.study_table import (
@@ -313,6 +314,15 @@ def test_further_evaluations_and_a_test_set(write_study, run_tool, repository):
     with open(os.path.join(study_folder(path), "results", "runs.csv")) as f:
         (again,) = csv.DictReader(f)
     assert again["bbox/AP"] == row["bbox/AP"] and again["evaluations"] != row["evaluations"]
+    # What cannot be used is not read out either.
+    checkpoint = torch.load(run.weights)
+    torch.save({**checkpoint, "iteration": 0}, run.weights)
+    os.remove(os.path.join(study_folder(path), "results", "test.csv"))
+    status, said = run_tool(path)
+    assert status == 1 and "a, seed 1: FAILED: no result was written" in said
+    assert "AP" not in said.split("FAILED")[1].splitlines()[0]
+    torch.save(checkpoint, run.weights)
+    assert run_tool(path)[0] == 0
     # A second time there is nothing to do, also without the folder of the run.
     shutil.rmtree(run.folder)
     status, said = run_tool(path)
