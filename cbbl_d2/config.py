@@ -132,6 +132,13 @@ def add_cbbl_config(cfg: CN) -> None:
     _C.MODEL.CBBL.FCOS.BBOX_REG_LOSS_WEIGHT = 0.25  # see RETINANET
 
     # ---------------------------------------------------------------------------- #
+    # Box heads, whatever they localize by
+    # ---------------------------------------------------------------------------- #
+    # How often a box head is applied at inference, >= 1, each time to the boxes of the time before.
+    # For CBBLROIHeads and, with Detectron2's own regression, IteratedROIHeads.
+    _C.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST = 1
+
+    # ---------------------------------------------------------------------------- #
     # FCOS, which Detectron2 has without a YAML config (MODEL.META_ARCHITECTURE: ConfigurableFCOS,
     # or CBBLFCOS). Meaning and defaults are those of its class and of its Lazy config.
     # ---------------------------------------------------------------------------- #
@@ -250,6 +257,7 @@ def check_cbbl_config(cfg: CN) -> None:
         )
     check_values(cfg, {**_VALUES, **_cascade_values(cfg)})
     _check_voting(cfg)
+    _check_iterations(cfg)
     _check_refinement(cfg)
     node = cfg.INPUT.SMALL_OBJECTS
     if len(node.SCALE_JITTER) > 0 and len(node.JITTER_SIZE) == 0:
@@ -277,6 +285,18 @@ def _check_voting(cfg: CN) -> None:
         raise ConfigError(
             f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for {key} {name}: only detectors whose "
             "boxes are C-BBL's vote"
+        )
+
+
+def _check_iterations(cfg: CN) -> None:
+    iterations, name = cfg.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST, cfg.MODEL.ROI_HEADS.NAME
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        name = "(none)"
+    if iterations > 1 and not getattr(_registered(ROI_HEADS_REGISTRY, name), "can_iterate", False):
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.ITERATIONS_TEST = {iterations}: must be 1 for "
+            f"MODEL.ROI_HEADS.NAME {name}: only CBBLROIHeads and IteratedROIHeads, which is "
+            "Detectron2's StandardROIHeads, apply their box head again"
         )
 
 
@@ -346,6 +366,7 @@ _VALUES = {
     "MODEL.CBBL.UNCERTAINTY_WEIGHT": _WEIGHT,
     "MODEL.CBBL.GIOU_WEIGHT": _WEIGHT,
     "MODEL.CBBL.VOTING_SIGMA": _WEIGHT,
+    "MODEL.ROI_BOX_HEAD.ITERATIONS_TEST": integer(1, 100),
     "MODEL.CBBL.STD_SCALE": (
         lambda v: each(_POSITIVE)[0](v) and len(v) == 4,
         "four numbers > 0, for x1, y1, x2, y2",

@@ -3,6 +3,7 @@
 from .box_regression import CBBLBox2BoxTransform, CBBLBox2BoxTransformLinear
 from .fast_rcnn import CBBLFastRCNNOutputLayers
 from .fcos import CBBLFCOS, ConfigurableFCOS
+from .iterated_boxes import IteratedROIHeads
 from .localization_loss import LocalizationLoss
 from .refinement import Refinement
 from .retinanet import CBBLRetinaNet
@@ -24,6 +25,7 @@ __all__ = [
     "CBBLRes5ROIHeads",
     "CBBLRetinaNet",
     "ConfigurableFCOS",
+    "IteratedROIHeads",
     "LocalizationLoss",
     "Refinement",
     "TorchvisionNetwork",

@@ -18,6 +18,7 @@ from torch import nn
 from .box_regression import CBBLBox2BoxTransform
 from .build import build_cascade_grids, build_refinement
 from .fast_rcnn import CBBLFastRCNNOutputLayers
+from .iterated_boxes import IteratedBoxes
 from .refinement import Refinement, results_of
 
 
@@ -79,7 +80,7 @@ class _RefinedBoxes:
 
 
 @ROI_HEADS_REGISTRY.register()
-class CBBLROIHeads(_RefinedBoxes, StandardROIHeads):
+class CBBLROIHeads(IteratedBoxes, _RefinedBoxes, StandardROIHeads):
     """
     Detectron2's ``StandardROIHeads`` (Faster, Mask and Keypoint R-CNN with FPN) with a C-BBL box
     predictor. Use it with ``MODEL.ROI_HEADS.NAME: CBBLROIHeads``.
@@ -92,10 +93,6 @@ class CBBLROIHeads(_RefinedBoxes, StandardROIHeads):
         maps = [features[name] for name in self.box_in_features]
         refined = self._refinement_losses(maps, [proposals])
         return super()._forward_box(features, proposals) | refined
-
-    def _predict(self, features, proposals, stage):
-        pooled = self.box_pooler(features, [p.proposal_boxes for p in proposals])
-        return self.box_predictor(self.box_head(pooled))
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):

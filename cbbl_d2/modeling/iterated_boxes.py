@@ -1,0 +1,80 @@
+"""A box head that is applied to its own boxes, for C-BBL and for Detectron2's regression alike."""
+
+from typing import List
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.structures import Boxes, Instances
+
+"""
+Shape shorthand in this module:
+
+    R: number of ROIs of all images
+    K: number of foreground classes
+"""
+
+
+class IteratedBoxes:
+    """
+    For a class of Detectron2's ``StandardROIHeads``, before it among the bases. At inference the
+    box head moves each proposal to the box that it predicts, and is applied again, there: iterative
+    localization (Gidaris and Komodakis, arXiv 1505.01749). Scores and boxes are those of the last
+    time. Nothing is trained for it.
+    """
+
+    can_iterate = True  # MODEL.ROI_BOX_HEAD.ITERATIONS_TEST
+
+    @configurable
+    def __init__(self, *, box_iterations: int = 1, **kwargs):
+        """
+        Args:
+            box_iterations: how often the box head is applied at inference; 1: once, as in the base
+                class.
+            kwargs: passed to the base class.
+        """
+        super().__init__(**kwargs)
+        self.box_iterations = box_iterations
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        iterations = cfg.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST
+        return {**super().from_config(cfg, input_shape), "box_iterations": iterations}
+
+    def _forward_box(self, features, proposals):
+        if not self.training:
+            maps = [features[name] for name in self.box_in_features]
+            for _ in range(self.box_iterations - 1):
+                proposals = self._move(maps, proposals)
+        return super()._forward_box(features, proposals)
+
+    def _predict(self, features: List[torch.Tensor], proposals: List[Instances], stage: int = 0):
+        """Predictions of the box branch."""
+        pooled = self.box_pooler(features, [p.proposal_boxes for p in proposals])
+        return self.box_predictor(self.box_head(pooled))
+
+    def _move(self, features: List[torch.Tensor], proposals: List[Instances]) -> List[Instances]:
+        """The proposals where the box head sees the objects, without those of no size there."""
+        predictions = self._predict(features, proposals)
+        boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
+        if boxes.shape[1] > 4:  # those of the likeliest class: shape (R, K * 4)
+            classes = predictions[0][:, : self.num_classes].argmax(dim=1)
+            regions = torch.arange(boxes.shape[0], device=boxes.device)
+            boxes = boxes.unflatten(1, (self.num_classes, 4))[regions, classes]
+        moved = []
+        # Not len(), which tracing would make a constant.
+        sizes = [p.proposal_boxes.tensor.shape[0] for p in proposals]
+        for proposals_i, boxes_i in zip(proposals, boxes.split(sizes)):
+            there = Instances(proposals_i.image_size, **proposals_i.get_fields())
+            there.proposal_boxes = Boxes(boxes_i)
+            there.proposal_boxes.clip(there.image_size)
+            moved.append(there[there.proposal_boxes.nonempty()])
+        return moved
+
+
+@ROI_HEADS_REGISTRY.register()
+class IteratedROIHeads(IteratedBoxes, StandardROIHeads):
+    """
+    Detectron2's ``StandardROIHeads`` with :class:`IteratedBoxes`. Use it with
+    ``MODEL.ROI_HEADS.NAME: IteratedROIHeads``; it takes the same checkpoints.
+    """
