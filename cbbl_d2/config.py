@@ -276,11 +276,7 @@ def check_cbbl_config(cfg: CN) -> None:
 
 
 def _check_voting(cfg: CN) -> None:
-    sigma, name = cfg.MODEL.CBBL.VOTING_SIGMA, cfg.MODEL.META_ARCHITECTURE
-    key, registry = "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY
-    if name == "GeneralizedRCNN":
-        key, name, registry = "MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY
-    part = registry.get(name) if name in registry else None
+    sigma, (key, name, part) = cfg.MODEL.CBBL.VOTING_SIGMA, _detector(cfg)
     if sigma > 0 and not getattr(part, "can_vote", False):
         raise ConfigError(
             f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for {key} {name}: only detectors whose "
@@ -289,15 +285,23 @@ def _check_voting(cfg: CN) -> None:
 
 
 def _check_iterations(cfg: CN) -> None:
-    iterations, name = cfg.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST, cfg.MODEL.ROI_HEADS.NAME
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        name = "(none)"
-    if iterations > 1 and not getattr(_registered(ROI_HEADS_REGISTRY, name), "can_iterate", False):
+    iterations, (key, name, part) = cfg.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST, _detector(cfg)
+    if iterations > 1 and not getattr(part, "can_iterate", False):
         raise ConfigError(
-            f"MODEL.ROI_BOX_HEAD.ITERATIONS_TEST = {iterations}: must be 1 for "
-            f"MODEL.ROI_HEADS.NAME {name}: only CBBLROIHeads and IteratedROIHeads, which is "
-            "Detectron2's StandardROIHeads, apply their box head again"
+            f"MODEL.ROI_BOX_HEAD.ITERATIONS_TEST = {iterations}: must be 1 for {key} {name}: only "
+            "the MODEL.ROI_HEADS.NAME CBBLROIHeads and IteratedROIHeads, which is Detectron2's "
+            "StandardROIHeads, apply their box head again"
         )
+
+
+def _detector(cfg: CN) -> tuple[str, str, type]:
+    """The key, the name and the class of what makes the detections."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    architecture = _registered(META_ARCH_REGISTRY, name)
+    if not issubclass(architecture, GeneralizedRCNN):
+        return "MODEL.META_ARCHITECTURE", name, architecture
+    name = cfg.MODEL.ROI_HEADS.NAME
+    return "MODEL.ROI_HEADS.NAME", name, _registered(ROI_HEADS_REGISTRY, name)
 
 
 def _check_refinement(cfg: CN) -> None:

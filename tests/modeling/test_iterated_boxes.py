@@ -121,6 +121,8 @@ def test_others_say_that_they_cannot(name):
         check_cbbl_config(cfg)
 
 
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "PanopticFPN"])
 @pytest.mark.parametrize("head", HEADS)
-def test_these_can(head):
-    check_cbbl_config(config("faster", **HEADS[head], MODEL__ROI_BOX_HEAD__ITERATIONS_TEST=2))
+def test_these_can(head, architecture):
+    options = {**HEADS[head], "MODEL__META_ARCHITECTURE": architecture}
+    check_cbbl_config(config("faster", **options, MODEL__ROI_BOX_HEAD__ITERATIONS_TEST=2))
