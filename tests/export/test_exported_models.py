@@ -59,6 +59,10 @@ def test_the_exported_model_finds_what_the_original_finds(format, name):
     expected_names += ["masks"] * (name == "mask") + ["keypoints"] * (name == "keypoint")
     expected_names += ["deviations"] * has_deviations
     assert output_names(model, examples[0]) == expected_names
+    check_equal(model, exported, examples)
+
+
+def check_equal(model, exported, examples):
     num_objects = 0
     for image in examples:
         expected, found = detect(model, image), exported(image)
@@ -70,6 +74,17 @@ def test_the_exported_model_finds_what_the_original_finds(format, name):
         num_objects += len(expected["scores"])
     assert num_objects > 40
     assert compare(model, exported, examples).num_objects == num_objects
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torchscript", marks=slow)])
+@pytest.mark.parametrize("name", ["faster", pytest.param("faster_class_specific", marks=slow)])
+def test_a_box_head_that_is_applied_twice(format, name):
+    model, examples = busy_model(name), images()
+    before = detect(model, examples[1])["pred_boxes"]
+    model.roi_heads.box_iterations = 2
+    after = detect(model, examples[1])["pred_boxes"]
+    assert before.shape != after.shape or not torch.allclose(before, after, atol=1)
+    check_equal(model, export(format, model, examples[0]), examples)
 
 
 @pytest.mark.parametrize("name", ["faster", pytest.param("cascade", marks=slow), "fcos"])
