@@ -7,7 +7,8 @@ What a C-BBL head costs, against Detectron2's own head measured in the same run,
     python benchmarks/head.py --images 4 --autocast float16    # on a GPU
     python benchmarks/head.py --pairs configs/COCO-Detection/{giou,cbbl}_fcos_R_50_FPN_1x.yaml
 
-Prints ratios (C-BBL / stock): training step, peak memory, parameters, inference. And the time of
+Prints ratios (C-BBL / stock): training step (forward and backward), peak memory, parameters,
+inference. And the time of
 cross entropy + decoding for 512 boxes, forward and backward, against a dense one-hot
 implementation of DFL (Generalized Focal Loss); also with the uncertainty loss, which DFL lacks.
 Medians of the rounds, with their range. The default takes some 10 minutes on two CPU cores.
@@ -314,17 +315,19 @@ def main() -> None:
     parser.add_argument(
         "--memory-rounds", type=int, default=2, help="processes per model (default: 2; 0: none)"
     )
-    parser.add_argument("--class-specific", action="store_true", help="K * 4 outputs, both heads")
+    parser.add_argument(
+        "--class-specific", action="store_true", help="K * 4 outputs, both box heads"
+    )
     parser.add_argument("--boxes", type=int, default=512, help="of the loss (default: 512)")
     parser.add_argument("--loss-only", action="store_true", help="leave out the models")
     args = parser.parse_args()
 
     print(start(args.threads))
     for stock, cbbl in [] if args.loss_only else read_pairs(args.pairs, CONFIGS, PAIRS):
-        kind = "class-specific" if args.class_specific else "class-agnostic"
         images = f"{count(args.images, 'image', 'images')} of {args.size[0]}x{args.size[1]}"
         name = os.path.splitext(os.path.basename(cbbl))[0]
-        print(f"{name}: {images}, {kind}, {args.autocast or 'float32'}")
+        kind = ", class-specific" if args.class_specific else ""
+        print(f"{name}: {images}, {args.autocast or 'float32'}{kind}")
         compare_models(stock, cbbl, args)
     print(f"Loss + decoding of {args.boxes} boxes; 'stock' is dense one-hot DFL")
     for num_intervals in (5, 16):

@@ -171,9 +171,9 @@ def train(study: Study, jobs: int) -> List[Run]:
                     del running[run]
                     if process.returncode != 0 or stage.results() is None:
                         failed.append(run)
-                        # Not the last line of an evaluation that ended well: it may tell the AP of
-                        # a sealed one.
-                        why = last_line(stage) if process.returncode else "no result was written"
+                        # A sealed evaluation, or one that ended well, may end with its AP.
+                        quoted = process.returncode and stage not in sealed_evaluations(study, run)
+                        why = last_line(stage) if quoted else f"see {stage.folder}/console.txt"
                         bar.write(f"{run}: FAILED: {why}")
                     else:
                         proceed(run)

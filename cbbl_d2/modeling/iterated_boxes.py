@@ -3,6 +3,7 @@
 from typing import List
 
 import torch
+from cbbl_d2.config import check_cbbl_config
 from detectron2.config import configurable
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Boxes, Instances
@@ -32,12 +33,18 @@ class IteratedBoxes:
             box_iterations: how often the box head is applied at inference; 1: once, as in the base
                 class.
             kwargs: passed to the base class.
+
+        Raises:
+            ValueError: ``box_iterations`` is less than 1.
         """
+        if box_iterations < 1:
+            raise ValueError(f"box_iterations must be 1 or more; got {box_iterations}")
         super().__init__(**kwargs)
         self.box_iterations = box_iterations
 
     @classmethod
     def from_config(cls, cfg, input_shape):
+        check_cbbl_config(cfg)
         iterations = cfg.MODEL.ROI_BOX_HEAD.ITERATIONS_TEST
         return {**super().from_config(cfg, input_shape), "box_iterations": iterations}
 
@@ -54,7 +61,7 @@ class IteratedBoxes:
         return self.box_predictor(self.box_head(pooled))
 
     def _move(self, features: List[torch.Tensor], proposals: List[Instances]) -> List[Instances]:
-        """The proposals where the box head sees the objects, without those of no size there."""
+        """The proposals where the box head sees the objects, without empty ones."""
         predictions = self._predict(features, proposals)
         boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
         if boxes.shape[1] > 4:  # those of the likeliest class: shape (R, K * 4)
@@ -67,6 +74,8 @@ class IteratedBoxes:
         for proposals_i, boxes_i in zip(proposals, boxes.split(sizes)):
             there = Instances(proposals_i.image_size, **proposals_i.get_fields())
             there.proposal_boxes = Boxes(boxes_i)
+            # Those of a model that has diverged, which detections leave out as well.
+            there = there[torch.isfinite(boxes_i).all(dim=1)]
             there.proposal_boxes.clip(there.image_size)
             moved.append(there[there.proposal_boxes.nonempty()])
         return moved

@@ -1,5 +1,7 @@
 """Detectron2's test-time augmentation, whose detections keep how sure the head was of them."""
 
+from typing import Optional
+
 import numpy as np
 import torch
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -23,6 +25,9 @@ class CBBLGeneralizedRCNNWithTTA(GeneralizedRCNNWithTTA):
     :func:`set_uncertainty`. Detections of other models have no such field, and get none.
     """
 
+    # Of the image at hand, between the two methods below: shape (C, 4), or None.
+    _candidates_std: Optional[torch.Tensor] = None
+
     def _get_augmented_boxes(self, augmented_inputs, tfms):
         with results_of(self, "_batch_inference") as results:
             detections = super()._get_augmented_boxes(augmented_inputs, tfms)
@@ -35,15 +40,17 @@ class CBBLGeneralizedRCNNWithTTA(GeneralizedRCNNWithTTA):
 
     def _merge_detections(self, all_boxes, all_scores, all_classes, shape_hw) -> Instances:
         merged = super()._merge_detections(all_boxes, all_scores, all_classes, shape_hw)
-        if self._candidates_std is not None:
-            candidates = Instances(
-                shape_hw,
-                pred_boxes=Boxes(all_boxes),
-                scores=merged.scores.new_tensor(all_scores),
-                pred_classes=merged.pred_classes.new_tensor(all_classes),
-            )
-            candidates.pred_boxes.clip(shape_hw)
-            merged.pred_boxes_std = self._candidates_std[_indices(merged, candidates)]
+        std, self._candidates_std = self._candidates_std, None
+        if std is not None and len(merged) > 0:
+            # Which candidates were kept is not returned: they have the same box, score and class.
+            boxes = Boxes(all_boxes)
+            boxes.clip(shape_hw)
+            same = (merged.pred_boxes.tensor[:, None] == boxes.tensor).all(dim=-1)  # (D, C)
+            same &= merged.scores[:, None] == torch.stack(all_scores)
+            same &= merged.pred_classes[:, None] == torch.stack(all_classes)
+            std = std[same.int().argmax(dim=1)]
+        if std is not None:
+            merged.pred_boxes_std = std
         return merged
 
 
@@ -59,13 +66,3 @@ def _undo_flips(std: torch.Tensor, transform: Transform) -> torch.Tensor:
     (x1, y1), (x2, y2) = transform.apply_coords(np.array([[0.0, 0.0], [1.0, 1.0]]))
     sides = [2 if x2 < x1 else 0, 3 if y2 < y1 else 1]
     return std[:, [*sides, sides[0] ^ 2, sides[1] ^ 2]]
-
-
-def _indices(merged: Instances, candidates: Instances) -> torch.Tensor:
-    """Which of C candidates each of D detections is, which the base class does not tell."""
-    if len(merged) == 0:  # maybe of no candidates, among which nothing can be the first
-        return merged.pred_classes
-    same = (merged.pred_boxes.tensor[:, None] == candidates.pred_boxes.tensor).all(dim=-1)
-    same &= merged.scores[:, None] == candidates.scores
-    same &= merged.pred_classes[:, None] == candidates.pred_classes
-    return same.int().argmax(dim=1)  # (D,)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cbbl_d2.config import check_cbbl_config
 from cbbl_d2.errors import ConfigError
+from cbbl_d2.modeling import IteratedROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -112,6 +113,51 @@ def test_proposals_that_end_outside_the_image_are_dropped(head):
         assert torch.equal(moved.objectness_logits, boxes[1:, 0])
         results = model.roi_heads._forward_box(features, [proposals])
         assert len(results) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_boxes_that_are_not_finite_are_left_out(head):
+    model = model_with(2, head=head)
+    model.roi_heads.box_predictor.bbox_pred.bias[0] = float("nan")
+    for result in model(batch(3, 2)):
+        assert len(result["instances"]) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_an_image_that_loses_all_proposals_beside_one_that_does_not(head):
+    model = model_with(2, head=head)
+    images = model.preprocess_image(batch(3, 3))
+    features = model.backbone(images.tensor)
+    model.roi_heads.box_predictor.bbox_pred.weight.zero_()
+    model.roi_heads.box_predictor.bbox_pred.bias.zero_()
+    outside, inside = torch.tensor([[-60.0, 5, -40, 25]]), torch.tensor([[5.0, 5, 25, 25]])
+    proposals = [
+        Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=boxes[:, 0])
+        for size, boxes in zip(images.image_sizes, (outside, inside))
+    ]
+    first, second = model.roi_heads._forward_box(features, proposals)
+    assert len(first) == 0 and len(second) > 0
+
+
+@torch.no_grad()
+def test_votes_and_deviations_are_those_of_the_last_time():
+    plain, voting = (model_with(2, MODEL__CBBL__VOTING_SIGMA=sigma) for sigma in (0.0, 0.5))
+    for a, b in zip(plain(batch(3, 2)), voting(batch(3, 2))):
+        a, b = a["instances"], b["instances"]
+        assert torch.equal(a.scores, b.scores) and len(a) > 1
+        assert torch.equal(a.pred_boxes_std, b.pred_boxes_std)
+        assert not torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+def test_a_config_is_checked_when_the_model_is_built():
+    with pytest.raises(ConfigError, match="ITERATIONS_TEST = 0: must be"):
+        build("faster", **HEADS["regression"], MODEL__ROI_BOX_HEAD__ITERATIONS_TEST=0)
+    with pytest.raises(ValueError, match="box_iterations must be 1 or more; got 0"):
+        IteratedROIHeads(
+            box_iterations=0, num_classes=1, batch_size_per_image=1, positive_fraction=0.5
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in DETECTORS if n not in (*NAMES, "rpn_and_faster")])

@@ -67,12 +67,12 @@ def test_each_detection_keeps_the_deviations_of_the_augmentation_that_it_is_from
 @torch.no_grad()
 def test_merging_by_hand():
     model = augmented_model()
-    model._candidates_std = torch.arange(16.0).reshape(4, 4)
+    model._candidates_std = std = torch.arange(16.0).reshape(4, 4)
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 99, 99], [0, 0, 9, 9]]).double()
     scores, classes = torch.tensor([0.5, 0.75, 0.25, 0.125]), torch.tensor([1, 1, 2, 2])
     merged = model._merge_detections(boxes, list(scores), list(classes), SIZE)
     assert merged.scores.tolist() == [0.75, 0.25, 0.125]
-    assert merged.pred_boxes_std.tolist() == model._candidates_std[1:].tolist()
+    assert merged.pred_boxes_std.tolist() == std[1:].tolist()
 
 
 @torch.no_grad()
