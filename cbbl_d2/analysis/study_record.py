@@ -53,6 +53,7 @@ _KEYS = (
 )
 # Of these columns there is one row in ``runs.csv``.
 _IDENTITY = ("run", "seed", "settings")
+_TRAINING = ("commit", "versions", "device", "threads", "s/iteration")
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -215,6 +216,9 @@ class StudyRecords:
         }
         for name, value in _kept(results).items():
             row[name] = f"{value:.4g}" if "gradients/" in name else f"{value:.3f}"
+        before = self._rows_of(run)
+        if before:  # what has been made up for is an evaluation: the training stays what it was
+            row |= {k: before[0][k] for k in ("settings", *_TRAINING) if before[0].get(k)}
         key = {column: row[column] for column in _IDENTITY}
         vectors = _bootstrap(cfg, cfg.DATASETS.TEST, folder)
         vector_rows = [
@@ -232,8 +236,10 @@ class StudyRecords:
         vectors = {k: v.tolist() for k, v in _bootstrap(run.cfg, [test_set], folder).items()}
         content = {"metrics": _kept(results), "bootstrap": vectors}
         sealed = base64.b85encode(zlib.compress(json.dumps(content).encode())).decode()
-        of_run = run.name, str(run.seed), settings_hash(run.settings)
-        key = {**dict(zip(_IDENTITY, of_run)), "test_set": test_set}
+        before = [*self._rows_of(run), *self._rows_of(run, "test.csv")]
+        settings = before[0]["settings"] if before else settings_hash(run.settings)
+        key = dict(zip(_IDENTITY, (run.name, str(run.seed), settings)))
+        key["test_set"] = test_set
         self._write_settings(run)
         self._replace("test.csv", key, [{**key, "sealed": sealed}])
 
@@ -278,7 +284,18 @@ class StudyRecords:
                     "download them again, or take its line out"
                 )
 
+    def _rows_of(self, run, name: str = "runs.csv") -> List[Dict[str, str]]:
+        """The lines of a run in a file: with its settings, whose younger keys they may lack."""
+        return [
+            row
+            for row in self._read(name)
+            if (row["run"], row["seed"]) == (run.name, str(run.seed))
+            and not changed_settings(self._settings(row["settings"]), run.settings)
+        ]
+
     def _write_settings(self, run) -> None:
+        if self._rows_of(run):  # they name a file already
+            return
         with open_whole(self._path(f"settings/{settings_hash(run.settings)}.yaml")) as f:
             f.write(yaml.safe_dump(parse_settings(run.settings)))
 

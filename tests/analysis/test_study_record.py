@@ -94,6 +94,40 @@ def test_a_younger_key_acted_as_its_default(study_of):
         study_of("there").records.find(study.runs[0])
 
 
+def test_what_is_made_up_for_takes_the_place_of_what_was_there(study_of, monkeypatch):
+    """An evaluation, after the config has got a new key, on another machine."""
+    study = sealed_study(study_of)
+    (run, *_) = study.runs
+    monkeypatch.setattr(study_record, "commit", lambda: "one")
+    monkeypatch.setattr(study_record, "device_title", lambda device: "a GPU")
+    study.records.add(run, {"bbox/AP": 50.0, "time": 0.5}, run.folder, 1)
+    study.records.seal(run, study.test_set, {"bbox/AP": 40.0}, run.folder)
+    folder = os.path.join(study.records.folder, "settings")
+    (name,) = os.listdir(folder)
+    path = os.path.join(folder, name)
+    content = yaml.safe_load(open(path))
+    del content["MODEL"]["CBBL"]["VOTING_SIGMA"]
+    with open(path, "w") as f:
+        yaml.safe_dump(content, f)
+
+    monkeypatch.setattr(study_record, "commit", lambda: "two")
+    monkeypatch.setattr(study_record, "device_title", lambda device: "cpu")
+    other = sealed_study(study_of, "there")
+    (run, *_) = other.runs
+    results = {"bbox/AP": 50.0, "twice/bbox/AP": 52.0, "time": 9.0}
+    other.records.seal(run, other.test_set, {"bbox/AP": 41.0}, run.folder)
+    other.records.add(run, results, run.folder, 2)
+    with open(os.path.join(other.records.folder, "runs.csv")) as f:
+        (row,) = csv.DictReader(f)
+    assert (row["commit"], row["device"], row["threads"]) == ("one", "a GPU", "1")
+    assert (row["s/iteration"], row["twice/bbox/AP"]) == ("0.500", "52.000")
+    assert os.listdir(folder) == [name] == [f"{row['settings']}.yaml"]
+    with open(os.path.join(other.records.folder, "test.csv")) as f:
+        (sealed,) = csv.DictReader(f)
+    assert sealed["settings"] == row["settings"]
+    assert other.records.open_test(run, other.test_set).metrics["bbox/AP"] == 41
+
+
 def test_other_annotations_are_refused(study_of, monkeypatch):
     monkeypatch.setattr(study_record, "annotations_hash", lambda cfg: "aaaa")
     add(study_of(), (50.0,))
