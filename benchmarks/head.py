@@ -8,10 +8,10 @@ What a C-BBL head costs, against Detectron2's own head measured in the same run,
     python benchmarks/head.py --pairs configs/COCO-Detection/{giou,cbbl}_fcos_R_50_FPN_1x.yaml
 
 Prints ratios (C-BBL / stock): training step (forward and backward), peak memory, parameters,
-inference. And the time of
-cross entropy + decoding for 512 boxes, forward and backward, against a dense one-hot
-implementation of DFL (Generalized Focal Loss); also with the uncertainty loss, which DFL lacks.
-Medians of the rounds, with their range. The default takes some 10 minutes on two CPU cores.
+inference. And the time of cross entropy + decoding for 512 boxes, forward and backward, against a
+dense one-hot implementation of DFL (Generalized Focal Loss); also with the uncertainty loss, which
+DFL lacks. Medians of the rounds, with their range. The default takes some 10 minutes on two CPU
+cores.
 """
 
 import argparse

@@ -240,19 +240,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         return self._of_class(logits, classes, 4 * self.box2box_transform.num_points)
 
     def _of_class(self, values: torch.Tensor, classes: torch.Tensor, width: int) -> torch.Tensor:
-        """
-        Args:
-            values: of some ROIs, shape ``(R, width)`` or ``(R, K * width)``.
-            classes: shape ``(R,)``, in ``[0, K)``.
-
-        Returns:
-            Tensor: shape ``(R, width)``.
-        """
-        if values.shape[1] == width:
-            return values
-        regions = torch.arange(values.shape[0], device=values.device)
-        # No -1, which is ambiguous for zero regions.
-        return values.unflatten(1, (self.num_classes, width))[regions, classes]
+        return of_class(values, classes, self.num_classes, width)
 
     def _decode_above_threshold(self, logits, proposal_boxes, scores) -> torch.Tensor:
         """
@@ -271,3 +259,22 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         boxes = proposal_boxes.float()[:, None].repeat(1, num_classes, 1)
         boxes[region, class_] = self.box2box_transform.apply_deltas(logits, proposal_boxes[region])
         return boxes.flatten(1)
+
+
+def of_class(
+    values: torch.Tensor, classes: torch.Tensor, num_classes: int, width: int
+) -> torch.Tensor:
+    """
+    Args:
+        values: of some ROIs, shape ``(R, width)`` or ``(R, K * width)``.
+        classes: shape ``(R,)``, in ``[0, K)``.
+        num_classes: ``K``.
+
+    Returns:
+        Tensor: shape ``(R, width)``.
+    """
+    if values.shape[1] == width:
+        return values
+    regions = torch.arange(values.shape[0], device=values.device)
+    # No -1, which is ambiguous for zero regions.
+    return values.unflatten(1, (num_classes, width))[regions, classes]

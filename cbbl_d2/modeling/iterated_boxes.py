@@ -8,12 +8,7 @@ from detectron2.config import configurable
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 
-"""
-Shape shorthand in this module:
-
-    R: number of ROIs of all images
-    K: number of foreground classes
-"""
+from .fast_rcnn import of_class
 
 
 class IteratedBoxes:
@@ -64,10 +59,8 @@ class IteratedBoxes:
         """The proposals where the box head sees the objects, without empty ones."""
         predictions = self._predict(features, proposals)
         boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
-        if boxes.shape[1] > 4:  # those of the likeliest class: shape (R, K * 4)
-            classes = predictions[0][:, : self.num_classes].argmax(dim=1)
-            regions = torch.arange(boxes.shape[0], device=boxes.device)
-            boxes = boxes.unflatten(1, (self.num_classes, 4))[regions, classes]
+        likeliest = predictions[0][:, : self.num_classes].argmax(dim=1)
+        boxes = of_class(boxes, likeliest, self.num_classes, 4)
         moved = []
         # Not len(), which tracing would make a constant.
         sizes = [p.proposal_boxes.tensor.shape[0] for p in proposals]

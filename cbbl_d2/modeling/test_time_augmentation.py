@@ -41,7 +41,11 @@ class CBBLGeneralizedRCNNWithTTA(GeneralizedRCNNWithTTA):
     def _merge_detections(self, all_boxes, all_scores, all_classes, shape_hw) -> Instances:
         merged = super()._merge_detections(all_boxes, all_scores, all_classes, shape_hw)
         std, self._candidates_std = self._candidates_std, None
-        if std is not None and len(merged) > 0:
+        if std is None:
+            return merged
+        if len(merged) == 0:
+            std = std[:0]
+        else:
             # Which candidates were kept is not returned: they have the same box, score and class.
             boxes = Boxes(all_boxes)
             boxes.clip(shape_hw)
@@ -49,8 +53,7 @@ class CBBLGeneralizedRCNNWithTTA(GeneralizedRCNNWithTTA):
             same &= merged.scores[:, None] == torch.stack(all_scores)
             same &= merged.pred_classes[:, None] == torch.stack(all_classes)
             std = std[same.int().argmax(dim=1)]
-        if std is not None:
-            merged.pred_boxes_std = std
+        merged.pred_boxes_std = std
         return merged
 
 

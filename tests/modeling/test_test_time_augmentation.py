@@ -76,6 +76,15 @@ def test_merging_by_hand():
 
 
 @torch.no_grad()
+def test_candidates_of_which_none_is_kept():
+    model = augmented_model()
+    model._candidates_std = torch.ones(1, 4)
+    score, class_ = torch.tensor(0.0), torch.tensor(1)
+    merged = model._merge_detections(torch.tensor([[0.0, 0, 9, 9]]), [score], [class_], SIZE)
+    assert merged.pred_boxes_std.shape == (0, 4)
+
+
+@torch.no_grad()
 def test_nothing_found():
     model = augmented_model()
     set_score_threshold(model.model, 1.1)
