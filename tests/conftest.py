@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -41,6 +42,23 @@ def _limit_of_pillow(monkeypatch):
 def repository():
     """Absolute path of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """
+    ``load_script("tools/predict.py")``: a script as a fresh module, so that a test may replace what
+    it has.
+    """
+
+    def load(path):
+        name = os.path.splitext(os.path.basename(path))[0]
+        spec = importlib.util.spec_from_file_location(name, os.path.join(REPOSITORY, path))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

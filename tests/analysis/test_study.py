@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -178,15 +177,12 @@ def test_malformed_studies(write_study, changes, message):
 
 
 @pytest.fixture
-def run_tool(repository, monkeypatch, capsys):
+def run_tool(load_script, monkeypatch, capsys):
     """Call the script in this process; returns its exit status and what it said."""
-    path = os.path.join(repository, "tools", "run_study.py")
-    spec = importlib.util.spec_from_file_location("run_study", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/run_study.py")
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", [path, *args])
+        monkeypatch.setattr(sys, "argv", ["run_study.py", *args])
         try:
             tool.main()
             status = 0

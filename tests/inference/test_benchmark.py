@@ -1,6 +1,5 @@
 """What benchmarks/sliced_inference.py measures with."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,12 +14,8 @@ from detectron2.data import DatasetCatalog  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    path = Path(__file__).parents[2] / "benchmarks/sliced_inference.py"
-    spec = importlib.util.spec_from_file_location("sliced_inference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_script):
+    return load_script("benchmarks/sliced_inference.py")
 
 
 def test_mosaics_show_the_objects_where_the_annotations_say(benchmark, tmp_path):

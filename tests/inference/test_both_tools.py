@@ -1,8 +1,6 @@
 """tools/predict.py and tools/visualize.py are two ways to the same predictions."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,16 +19,9 @@ NAMES = ["faster", "cascade", "retinanet", "fcos", "mask", "keypoint"]
 
 
 @pytest.fixture(scope="module")
-def tools():
+def tools(load_script):
     """``main`` of either tool."""
-    mains = {}
-    for name in ("predict", "visualize"):
-        path = Path(__file__).parents[2] / f"tools/{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        mains[name] = module.main
-    return mains
+    return {name: load_script(f"tools/{name}.py").main for name in ("predict", "visualize")}
 
 
 @pytest.fixture

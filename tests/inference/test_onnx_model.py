@@ -1,7 +1,6 @@
 """tools/predict.py with an ONNX file does what it does with the checkpoint."""
 
 import csv
-import importlib.util
 import json
 import re
 import sys
@@ -28,15 +27,8 @@ NAMES = ["one", "two", "three", "four", "five"]
 pytestmark = needs_export
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=["faster", pytest.param("mask", marks=pytest.mark.slow)])
-def training(request, tmp_path_factory):
+def training(request, tmp_path_factory, load_script):
     """A folder with model.pth and what is beside it, and its model.onnx."""
     folder = tmp_path_factory.mktemp("training")
     cfg = config(request.param)
@@ -45,7 +37,8 @@ def training(request, tmp_path_factory):
     (folder / "classes.txt").write_text("\n".join(NAMES))
     torch.save({"model": busy_model(request.param).state_dict()}, folder / "model.pth")
     command = ["--config-file", folder / "config.yaml", "--weights", folder / "model.pth"]
-    load_tool("export_model").main([*map(str, command), "--output", str(folder / "model.onnx")])
+    command += ["--output", folder / "model.onnx"]
+    load_script("tools/export_model.py").main([str(x) for x in command])
     return folder
 
 
@@ -60,9 +53,9 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def predict(training, tmp_path):
+def predict(training, tmp_path, load_script):
     """``predict(file, arguments)``: the folder that tools/predict.py has written with it."""
-    tool = load_tool("predict")
+    tool = load_script("tools/predict.py")
 
     def predict(file, *args):
         folder = tmp_path / file

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import shutil
 
@@ -14,12 +13,8 @@ TINY += ["MODEL.ROI_BOX_HEAD.FC_DIM", "8", "INPUT.MIN_SIZE_TEST", "64"]
 
 
 @pytest.fixture(scope="module")
-def tool():
-    path = os.path.join(os.path.dirname(__file__), "..", "..", "tools", "analyze_gradients.py")
-    spec = importlib.util.spec_from_file_location("analyze_gradients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script):
+    return load_script("tools/analyze_gradients.py")
 
 
 @pytest.fixture

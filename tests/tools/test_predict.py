@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -29,11 +28,8 @@ FORMATS = ["pictures", "results", "annotations", "csv", "yolo"]
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("predict", ROOT / "tools/predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script):
+    return load_script("tools/predict.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import os
 from pathlib import Path
 
@@ -26,11 +25,8 @@ DATASET = "cbbl_test_visualize"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("visualize", ROOT / "tools/visualize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script):
+    return load_script("tools/visualize.py")
 
 
 @pytest.fixture(scope="module")
