@@ -41,6 +41,7 @@ from cbbl_d2.data.datasets.public_data import (
     write_jpeg,
 )
 from cbbl_d2.data.ignored_regions import covered_share, erase_regions
+from cbbl_d2.data.image_files import image_size
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation.rules import EvaluationRules
 from cbbl_d2.messages import count, short
@@ -152,7 +153,7 @@ def convert_visdrone(root: str, split: str, erase_ignored: bool = False) -> str:
     for name in images_bar(_image_names(folder), f"VisDrone {split}"):
         image_file = os.path.join(folder, "images", f"{name}.jpg")
         boxes = read_visdrone_boxes(os.path.join(folder, "annotations", f"{name}.txt"))
-        width, height = _image_size(image_file)
+        width, height, _ = image_size(image_file)
         num_empty += sum(b.is_empty for b in boxes)
         boxes = [b for b in boxes if not b.is_empty]
         regions = [b.box for b in boxes if b.category == _IGNORED_REGION]
@@ -204,14 +205,6 @@ def _image_names(folder: str) -> list[str]:
     if not names["images"]:
         raise UserError(f"{folder}: has no images: unpack the archive of VisDrone-DET there")
     return sorted(names["images"])
-
-
-def _image_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:  # reads the header alone
-            return image.size
-    except (OSError, SyntaxError) as e:
-        raise UserError(f"{path}: not an image ({e}): unpack the archive again") from e
 
 
 def _write_erased(image_file: str, regions: list[tuple], keep: list[tuple]) -> str:
