@@ -62,15 +62,22 @@ def validation_losses(cfg: CfgNode, model: torch.nn.Module, name: str) -> Dict[s
     unoptimized = torch.jit.optimized_execution(False)
     with preserve_rng(), EventStorage(), unoptimized, skipped_keypoints_not_counted():
         losses_of_image = _LossesOfImage(model, cfg.SOLVER.AMP.ENABLED)
-        losses = inference_on_dataset(losses_of_image, _build_loader(cfg, name), _Means(name))
+        loader = build_annotated_loader(cfg, name)
+        losses = inference_on_dataset(losses_of_image, loader, _Means(name))
     if losses:
         text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
         logger.info(f"Losses on {name}: {text}")
     return losses
 
 
-def _build_loader(cfg: CfgNode, name: str):
-    """Images one by one, resized as for the evaluation, with their annotations."""
+def build_annotated_loader(cfg: CfgNode, name: str, max_images: Optional[int] = None):
+    """
+    Images one by one, resized as for the evaluation, with their annotations.
+
+    Args:
+        name: of a data set.
+        max_images: that many, evenly spaced over the data set; None: all.
+    """
     proposals = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -82,6 +89,8 @@ def _build_loader(cfg: CfgNode, name: str):
     )
     if cfg.MODEL.MASK_ON and isinstance(dataset, list):
         dataset = with_masks(dataset, filter_empty)
+    if max_images is not None:
+        dataset = dataset[:: max(1, math.ceil(len(dataset) / max_images))]
     mapper = DatasetMapper(cfg, is_train=False)
     mapper.is_train = True  # it keeps the annotations; its augmentations stay those of the test
     return build_detection_test_loader(

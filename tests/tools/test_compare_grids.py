@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.modeling import build_model  # noqa: E402
+
+
+@pytest.fixture
+def run(load_script, tiny_cfg, tmp_path, capsys):
+    """``run(arguments)``: what the tool prints, with an untrained detector."""
+    main = load_script("tools/compare_grids.py").main
+
+    def run(*args, **keys):
+        cfg = tiny_cfg.clone()
+        cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 1.0, 1000  # some will match
+        cfg.merge_from_list([x for pair in keys.items() for x in pair])
+        torch.manual_seed(0)
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+        short = ["--steps", "2", "--seeds", "2", "--max-images", "12"]
+        main(["--weights", str(tmp_path / "model.pth"), *short, *args])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def error(run, capsys):
+    """``error(arguments)``: the one line that the tool ends with."""
+
+    def error(*args, **keys):
+        with pytest.raises(SystemExit) as e:
+            run(*args, **keys)
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert e.value.code == 1 and len(lines) == 1
+        return lines[0]
+
+    return error
+
+
+def rows(text, header):
+    """First cell -> the others, of the table whose first column is called so."""
+    lines = [x.strip("|").split("|") for x in text.splitlines() if x.startswith("|")]
+    names = [x[0].strip() for x in lines]
+    start = names.index(header)
+    table = [[cell.strip() for cell in x] for x in lines[start:]]
+    return {x[0]: x[1:] for x in table if len(x) == len(table[0])}
+
+
+def test_grids_and_smooth_l1_are_compared(run):
+    text = run("--grids", "5,5,1", "16,2.5,0")
+    offsets = rows(text, "length of the offset")
+    assert {"dx", "dy", "dw", "dh"} < set(offsets)
+    for name in ("dx", "dy", "dw", "dh"):
+        lengths = [float(x) for x in offsets[name]]
+        assert lengths == sorted(lengths) and lengths[-1] < 5.01
+    table = rows(text, "n, alpha, beta")
+    assert {"Smooth-L1", "5,5,1", "16,2.5,0"} < set(table)
+    assert table["n, alpha, beta"][:2] == ["IoU", "IoU >= 0.75"]
+    mean, spread = table["5,5,1"][0].split(" ± ")
+    assert 50 < float(mean) < 100 and float(spread) >= 0
+
+
+def test_the_grid_of_the_config_is_the_default(run):
+    assert "\n| 7,4,0.5 |" in run(
+        **{"MODEL.CBBL.NUM_INTERVALS": 7, "MODEL.CBBL.ALPHA": 4.0, "MODEL.CBBL.BETA": 0.5}
+    )
+
+
+def test_a_stock_detector(run):
+    stock = {"MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
+    assert "\n| 5,5,1 |" in run(**stock)
+
+
+@pytest.mark.parametrize("grid", ["5,5", "5;5;1", "a,5,1", "1,5,1", "5,-1,1", "5,5,nan"])
+def test_an_impossible_grid(error, grid):
+    assert f"--grids {grid}: must be N,ALPHA,BETA such as 5,5,1" in error("--grids", grid)
+
+
+@pytest.mark.parametrize("option", ["--train", "--dataset"])
+def test_an_unknown_data_set(error, option):
+    assert option in error(option, "no_such_set")
+
+
+def test_another_kind_of_detector(error):
+    said = error(**{"MODEL.ROI_HEADS.NAME": "CBBLCascadeROIHeads"})
+    assert "CBBLCascadeROIHeads" in said and "with FPN" in said
