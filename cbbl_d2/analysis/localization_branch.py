@@ -1,10 +1,12 @@
 """
 How well one grid or another localizes, within minutes: a branch of localization is trained on the
 foreground regions of a detector that is trained already, and nothing else is. What differs between
-two branches is then their localization alone, and much less noise than that of two trainings.
+two branches is then their localization alone, and with much less noise than between two trainings.
 
-It cannot tell what a localization loss does to classification, with which it shares the layers of
-the detector.
+It starts from the weights of the detector's box head, which were learned with one loss and one
+grid, and it cannot tell what a localization loss does to classification, with which it shares the
+layers of the detector. Boxes are of no class; other losses of Detectron2 than Smooth-L1, and the
+refinement, are not among what is compared.
 """
 
 import copy
@@ -31,14 +33,19 @@ BATCH_SIZE, BASE_LR, WARMUP = 256, 1e-3, 50
 
 
 class Regions(NamedTuple):
-    """Foreground regions of a data set. R: their number."""
+    """Foreground regions of a data set. R: their number. Boxes are absolute XYXY."""
 
     features: torch.Tensor
     """Pooled for the box head: shape ``(R, C, H, W)``, float16."""
     proposals: torch.Tensor
-    """Shape ``(R, 4)``, absolute XYXY at the size of the network's input."""
+    """Shape ``(R, 4)``, in pixels of the network's input."""
     targets: torch.Tensor
     """The objects that they match, as ``proposals``."""
+    sizes: torch.Tensor
+    """Of the objects, the square root of the area in the image: shape ``(R,)``, pixels."""
+
+    def pick(self, chosen: torch.Tensor) -> "Regions":
+        return Regions(*(x[chosen] for x in self))
 
 
 @torch.no_grad()
@@ -46,7 +53,8 @@ def foreground_regions(
     cfg: CfgNode, model: nn.Module, name: str, max_images: Optional[int] = None
 ) -> Regions:
     """
-    The proposals that match an object as in training (``MODEL.ROI_HEADS.IOU_THRESHOLDS``).
+    Proposals that match an object, by ``MODEL.ROI_HEADS.IOU_THRESHOLDS``. Of each image at most as
+    many as a training would take, drawn at random.
 
     Args:
         model: a Faster R-CNN with FPN, in evaluation mode.
@@ -54,7 +62,8 @@ def foreground_regions(
         max_images: that many, evenly spaced; None: all.
 
     Raises:
-        UserError: another kind of model, or no proposal matches an object.
+        UserError: another kind of model; its features are not finite; the data set has no objects,
+            or no proposal matches one.
     """
     heads = getattr(model, "roi_heads", None)
     if (
@@ -68,6 +77,8 @@ def foreground_regions(
             f"{cfg.MODEL.ROI_HEADS.NAME}: needs a Faster, Mask or Keypoint R-CNN with FPN and a "
             "proposal network, stock or C-BBL"
         )
+    limit = math.ceil(heads.batch_size_per_image * heads.positive_fraction)
+    generator = torch.Generator().manual_seed(0)
     parts: List[Regions] = []
     for (image,) in tqdm.tqdm(build_annotated_loader(cfg, name, max_images), desc=name):
         images = model.preprocess_image([image])
@@ -78,9 +89,18 @@ def foreground_regions(
         if len(objects) == 0 or len(boxes) == 0:
             continue
         matches, labels = heads.proposal_matcher(pairwise_iou(objects, boxes))
-        boxes, targets = boxes[labels == 1], objects[matches[labels == 1]]
+        (foreground,) = torch.nonzero(labels.cpu() == 1, as_tuple=True)
+        order = torch.randperm(len(foreground), generator=generator)
+        chosen = foreground[order[:limit]].to(model.device)
+        boxes, targets = boxes[chosen], objects[matches[chosen]]
         pooled = heads.box_pooler([features[f] for f in heads.box_in_features], [boxes])
-        parts.append(Regions(pooled.half().cpu(), boxes.tensor.cpu(), targets.tensor.cpu()))
+        if not torch.isfinite(pooled.half()).all():
+            raise UserError(
+                f"{name}: the features of the model are not finite: its weights are bad"
+            )
+        scale = image["height"] / images.image_sizes[0][0]
+        tensors = (pooled.half(), boxes.tensor, targets.tensor, targets.area().sqrt() * scale)
+        parts.append(Regions(*(x.cpu() for x in tensors)))
     regions = Regions(*(torch.cat(x) for x in zip(*parts))) if parts else None
     if regions is None or len(regions.targets) == 0:
         raise UserError(f"{name}: no proposal of this detector matches an object: train it first")
@@ -88,7 +108,10 @@ def foreground_regions(
 
 
 class LocalizationBranch(nn.Module):
-    """A copy of the layers of a box head and a last layer that predicts boxes of no class."""
+    """
+    A copy of the layers of a box head, in evaluation mode (BatchNorm stays as it is), and a last
+    layer that predicts boxes of no class.
+    """
 
     def __init__(
         self,
@@ -96,6 +119,7 @@ class LocalizationBranch(nn.Module):
         weights: Tuple[float, ...],
         grid: Optional[torch.Tensor] = None,
         loss: Optional[LocalizationLoss] = None,
+        init_std: float = 0.0,
         smooth_l1_beta: float = 0.0,
     ):
         """
@@ -104,26 +128,31 @@ class LocalizationBranch(nn.Module):
             weights: ``MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``.
             grid: shape ``(G,)``; None: offsets with Detectron2's Smooth-L1 loss.
             loss: of a grid; None: the default of :class:`LocalizationLoss`.
-            smooth_l1_beta: ``MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA``.
+            init_std: of a grid, see :class:`cbbl_d2.modeling.CBBLFastRCNNOutputLayers`.
+            smooth_l1_beta: without a grid, ``MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA``.
         """
         super().__init__()
-        self.box_head = copy.deepcopy(box_head)
-        self.last = nn.Linear(box_head.output_shape.channels, 4)
+        self.box_head = copy.deepcopy(box_head).eval()
+        shape = box_head.output_shape
+        width = shape.channels * (shape.width or 1) * (shape.height or 1)
+        self.last = nn.Linear(width, 4)
         nn.init.normal_(self.last.weight, std=0.001)
         nn.init.zeros_(self.last.bias)
         self.loss, self.smooth_l1_beta = loss or LocalizationLoss(), smooth_l1_beta
         self.transform = Box2BoxTransform(weights)
         if grid is not None:
             self.transform = CBBLBox2BoxTransform(weights, grid)
-            self.last = distribution_layer(self.last, self.transform, weight_std=0.001)
+            self.last = distribution_layer(
+                self.last, self.transform, weight_std=0.001, init_std=init_std
+            )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.last(self.box_head(features.to(self.last.weight)))
+        return self.last(self.box_head(features.to(self.last.weight)).flatten(1))
 
     def losses(self, regions: Regions) -> torch.Tensor:
         """Mean over the regions, as a scalar."""
         predictions = self(regions.features)
-        boxes = [x.to(predictions) for x in regions[1:]]
+        boxes = [x.to(predictions) for x in (regions.proposals, regions.targets)]
         if isinstance(self.transform, CBBLBox2BoxTransform):
             terms = self.loss(self.transform, predictions, *boxes, prefix=None)
             return terms.sum() / len(predictions)
@@ -133,9 +162,9 @@ class LocalizationBranch(nn.Module):
 
     @torch.no_grad()
     def predict(self, regions: Regions) -> torch.Tensor:
-        """Boxes, shape ``(R, 4)``."""
+        """Boxes in pixels of the network's input, not clipped to the image: shape ``(R, 4)``."""
         boxes = []
-        for features, proposals in zip(regions.features.split(4096), regions[1].split(4096)):
+        for features, proposals in zip(regions.features.split(4096), regions.proposals.split(4096)):
             predictions = self(features)
             boxes.append(self.transform.apply_deltas(predictions, proposals.to(predictions)))
         return torch.cat(boxes).to(regions.proposals)
@@ -145,6 +174,9 @@ def train_branch(branch: LocalizationBranch, regions: Regions, steps: int, seed:
     """
     AdamW on random regions with a short warmup and a cosine schedule. The order depends on the seed
     alone: two branches see the same regions.
+
+    Args:
+        steps: each of ``BATCH_SIZE`` regions.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(branch.parameters(), BASE_LR, weight_decay=1e-4)
@@ -155,9 +187,24 @@ def train_branch(branch: LocalizationBranch, regions: Regions, steps: int, seed:
     for _ in range(steps):
         chosen = torch.randint(len(regions.targets), (BATCH_SIZE,), generator=generator)
         optimizer.zero_grad()
-        branch.losses(Regions(*(x[chosen] for x in regions))).backward()
+        branch.losses(regions.pick(chosen)).backward()
         optimizer.step()
         schedule.step()
+
+
+def size_classes(sizes: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """
+    Args:
+        sizes: shape ``(R,)``, pixels.
+
+    Returns:
+        those sizes of ``SIZE_EDGES`` that are among them -> which they are, bool, shape ``(R,)``.
+    """
+    chosen = {
+        f"{low}-{high} px" if high < math.inf else f"over {low} px": (sizes >= low) & (sizes < high)
+        for low, high in zip(SIZE_EDGES, SIZE_EDGES[1:])
+    }
+    return {name: x for name, x in chosen.items() if x.any()}
 
 
 def iou_by_size(boxes: torch.Tensor, regions: Regions) -> Dict[str, float]:
@@ -166,15 +213,11 @@ def iou_by_size(boxes: torch.Tensor, regions: Regions) -> Dict[str, float]:
         boxes: predicted for the regions, shape ``(R, 4)``.
 
     Returns:
-        in percent: the mean IoU with the objects, the share of boxes with an IoU of 0.75 or more,
-        and the mean IoU for those sizes of ``SIZE_EDGES`` that objects have.
+        in percent, over the regions: the mean IoU with the objects, the share of boxes with an IoU
+        of 0.75 or more, and the mean IoU for each of :func:`size_classes`.
     """
     iou = 100 * matched_pairwise_iou(Boxes(boxes), Boxes(regions.targets))
-    sizes = Boxes(regions.targets).area().sqrt()
     values = {"IoU": float(iou.mean()), "IoU >= 0.75": float(100 * (iou >= 75).float().mean())}
-    for low, high in zip(SIZE_EDGES, SIZE_EDGES[1:]):
-        chosen = (sizes >= low) & (sizes < high)
-        if chosen.any():
-            name = f"{low}-{high} px" if high < math.inf else f"over {low} px"
-            values[name] = float(iou[chosen].mean())
+    for name, chosen in size_classes(regions.sizes).items():
+        values[name] = float(iou[chosen].mean())
     return values

@@ -89,8 +89,8 @@ def build_annotated_loader(cfg: CfgNode, name: str, max_images: Optional[int] = 
     )
     if cfg.MODEL.MASK_ON and isinstance(dataset, list):
         dataset = with_masks(dataset, filter_empty)
-    if max_images is not None:
-        dataset = dataset[:: max(1, math.ceil(len(dataset) / max_images))]
+    if max_images is not None and max_images < len(dataset):
+        dataset = [dataset[i * len(dataset) // max_images] for i in range(max_images)]
     mapper = DatasetMapper(cfg, is_train=False)
     mapper.is_train = True  # it keeps the annotations; its augmentations stay those of the test
     return build_detection_test_loader(

@@ -1,4 +1,4 @@
-import math
+import itertools
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def regions_of(number):
     proposals = torch.cat((corners, corners + sizes), dim=1)
     offsets = (torch.rand(number, 4) - 0.5) * 4
     targets = TRANSFORM.apply_deltas(offsets, proposals)
-    return Regions(offsets[..., None, None].half(), proposals, targets)
+    return Regions(offsets[..., None, None].half(), proposals, targets, Boxes(targets).area())
 
 
 @pytest.mark.parametrize("kind", GRIDS)
@@ -77,40 +77,84 @@ def test_smooth_l1_loss_is_that_of_the_box_head(box_head):
 def test_iou_by_size():
     targets = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 20, 20]])
     boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 20, 16]])
-    values = iou_by_size(boxes, Regions(torch.zeros(3), boxes, targets))
+    sizes = torch.tensor([7.0, 6.0, 16.0])  # in the image, which may be of another size
+    values = iou_by_size(boxes, Regions(torch.zeros(3), boxes, targets, sizes))
     assert list(values) == ["IoU", "IoU >= 0.75", "0-8 px", "16-32 px"]
     assert list(values.values()) == pytest.approx([230 / 3, 200 / 3, 75, 80], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head", [{"fc_dims": [16]}, {"conv_dims": [8]}, {"conv_dims": [8], "fc_dims": [16, 8]}]
+)
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_heads_of_any_layers(head, norm):
+    shape = ShapeSpec(channels=4, height=3, width=3)
+    head = FastRCNNConvFCHead(shape, conv_norm=norm, **{"conv_dims": [], "fc_dims": [], **head})
+    branch = LocalizationBranch(head, WEIGHTS, GRIDS["cbbl"])
+    regions = regions_of(600)._replace(features=torch.randn(600, 4, 3, 3))
+    assert branch.predict(regions).shape == (600, 4)
+    train_branch(branch, regions, 2, seed=1)
+    # No region depends on the others, and statistics stay.
+    one = regions.pick(torch.tensor([5]))
+    torch.testing.assert_close(branch.predict(one), branch.predict(regions)[5:6])
+    for name, value in head.named_buffers():
+        assert torch.equal(value, branch.box_head.get_buffer(name))
 
 
 @pytest.fixture
 def model(tiny_cfg):
     torch.manual_seed(0)
-    tiny_cfg.MODEL.RPN.NMS_THRESH = 1.0
+    # Or an untrained network has few proposals that match.
+    tiny_cfg.MODEL.RPN.NMS_THRESH, tiny_cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 1.0, 1000
     return build_model(tiny_cfg).eval()
 
 
-def test_regions_are_the_proposals_that_match_an_object(tiny_cfg, model):
-    name = "small_shapes_mini_train"
-    regions = foreground_regions(tiny_cfg, model, name)
-    assert len(regions.features) == len(regions.proposals) == len(regions.targets) > 0
-    assert regions.features.dtype == torch.float16
-    overlaps = pairwise_iou(Boxes(regions.proposals), Boxes(regions.targets)).diagonal()
-    assert overlaps.min() >= 0.5
+NAME = "small_shapes_mini_train"
 
-    count = 0  # for each image, by hand
-    for (image,) in build_annotated_loader(tiny_cfg, name):
-        image = {**image, "image": image["image"]}
+
+def matched_by_hand(cfg, model):
+    """For each image the input's size and the proposals that overlap an object by half or more."""
+    for (image,) in build_annotated_loader(cfg, NAME):
         with torch.no_grad():
             images = model.preprocess_image([image])
-            proposals, _ = model.proposal_generator(images, model.backbone(images.tensor))
-        overlaps = pairwise_iou(image["instances"].gt_boxes, proposals[0].proposal_boxes)
-        count += int((overlaps.max(dim=0).values >= 0.5).sum())
-    assert count == len(regions.targets)
+            (proposals,), _ = model.proposal_generator(images, model.backbone(images.tensor))
+        overlaps = pairwise_iou(image["instances"].gt_boxes, proposals.proposal_boxes)
+        yield proposals.proposal_boxes.tensor[overlaps.max(dim=0).values >= 0.5]
+
+
+def test_regions_are_the_proposals_that_match_an_object(tiny_cfg, model):
+    model.roi_heads.batch_size_per_image = 10**4
+    regions = foreground_regions(tiny_cfg, model, NAME)
+    assert regions.features.dtype == torch.float16
+    assert len({len(x) for x in regions}) == 1 and len(regions.sizes) > 20
+    overlaps = pairwise_iou(Boxes(regions.proposals), Boxes(regions.targets)).diagonal()
+    assert overlaps.min() >= 0.5
+    expected = torch.cat(list(matched_by_hand(tiny_cfg, model)))
+    assert torch.equal(expected.sum(1).sort().values, regions.proposals.sum(1).sort().values)
+    # An image is 160 px wide, the input 96.
+    areas = Boxes(regions.targets).area().sqrt()
+    torch.testing.assert_close(regions.sizes, areas * 160 / 96)
+
+
+def test_of_an_image_as_many_as_in_training(tiny_cfg, model):
+    model.roi_heads.batch_size_per_image, model.roi_heads.positive_fraction = 10, 0.25
+    counts = [min(len(x), 3) for x in matched_by_hand(tiny_cfg, model)]
+    regions = foreground_regions(tiny_cfg, model, NAME)
+    assert len(regions.targets) == sum(counts) and max(counts) == 3
+
+
+def test_features_that_are_not_finite(tiny_cfg, model, error_of):
+    with torch.no_grad():
+        next(iter(model.backbone.parameters())).fill_(1e30)
+    said = error_of(foreground_regions, tiny_cfg, model, NAME)
+    assert NAME in said and ("not finite" in said or "no proposal" in said)
 
 
 def test_fewer_images_spread_over_the_data_set(tiny_cfg):
-    name = "small_shapes_mini_train"
-    every = [image["image_id"] for (image,) in build_annotated_loader(tiny_cfg, name)]
-    for limit in (1, 5, 10, len(every), 10**6):
-        some = [image["image_id"] for (image,) in build_annotated_loader(tiny_cfg, name, limit)]
-        assert len(some) <= limit and some == every[:: math.ceil(len(every) / limit)]
+    every = [image["image_id"] for (image,) in build_annotated_loader(tiny_cfg, NAME)]
+    for limit in (1, 5, len(every) - 1, len(every), 10**6):
+        some = [image["image_id"] for (image,) in build_annotated_loader(tiny_cfg, NAME, limit)]
+        assert len(some) == min(limit, len(every)) and set(some) <= set(every)
+        places = [every.index(x) for x in some] + [len(every)]
+        steps = [b - a for a, b in itertools.pairwise(places)]
+        assert max(steps) - min(steps) <= 1
