@@ -69,12 +69,6 @@ def test_grids_and_smooth_l1_are_compared(run):
     assert counts[0] == counts[1] == sum(counts[2:])
 
 
-def test_the_grid_of_the_config_is_the_default(run):
-    assert "\n| 7,4,0.5 |" in run(
-        **{"MODEL.CBBL.NUM_INTERVALS": 7, "MODEL.CBBL.ALPHA": 4.0, "MODEL.CBBL.BETA": 0.5}
-    )
-
-
 def test_the_keys_of_the_config_reach_the_branches(tool, run, monkeypatch):
     made, trained = [], []
 
@@ -104,9 +98,9 @@ def test_the_keys_of_the_config_reach_the_branches(tool, run, monkeypatch):
     assert abs(means[0] - means[1]) < 1
 
 
-def test_a_stock_detector(run):
-    stock = {"MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
-    assert "\n| 5,5,1 |" in run(**stock)
+def test_a_stock_detector_and_the_grid_of_the_config(run):
+    grid = {"MODEL.CBBL.NUM_INTERVALS": 7, "MODEL.CBBL.ALPHA": 4.0, "MODEL.CBBL.BETA": 0.5}
+    assert "\n| 7,4,0.5 |" in run(**{"MODEL.ROI_HEADS.NAME": "StandardROIHeads", **grid})
 
 
 @pytest.mark.parametrize("grid", ["5,5", "5;5;1", "a,5,1", "1,5,1", "5,-1,1", "5,5,nan"])
