@@ -113,7 +113,7 @@ NAME = "small_shapes_mini_train"
 
 
 def matched_by_hand(cfg, model):
-    """For each image the input's size and the proposals that overlap an object by half or more."""
+    """Of each image the proposals that overlap an object by half or more."""
     for (image,) in build_annotated_loader(cfg, NAME):
         with torch.no_grad():
             images = model.preprocess_image([image])

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +19,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from tests.export.models import busy_model, needs_export  # noqa: E402
 from tests.modeling.detectors import config  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 NAME = "cbbl_test_onnx_model"
 NAMES = ["one", "two", "three", "four", "five"]
 

@@ -56,20 +56,6 @@ def run(tool, tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def error(run, capsys):
-    """``error(arguments)``: the one line that the tool ends with."""
-
-    def error(*args):
-        with pytest.raises(SystemExit) as e:
-            run(*args)
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert e.value.code == 1 and len(lines) == 1
-        return lines[0]
-
-    return error
-
-
 FILES = ("--json", "mine.json", "--images", "images")
 
 

@@ -30,20 +30,6 @@ def run(tool, tiny_cfg, tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def error(run, capsys):
-    """``error(arguments)``: the one line that the tool ends with."""
-
-    def error(*args, **keys):
-        with pytest.raises(SystemExit) as e:
-            run(*args, **keys)
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert e.value.code == 1 and len(lines) == 1
-        return lines[0]
-
-    return error
-
-
 def rows(text, header):
     """First cell -> the others, of the table whose first column is called so."""
     lines = [x.strip("|").split("|") for x in text.splitlines() if x.startswith("|")]

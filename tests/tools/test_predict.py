@@ -58,21 +58,6 @@ def run(tool, weights, tmp_path):
 
 
 @pytest.fixture
-def error(run, capsys):
-    """``error(arguments)``: the one line that the tool ends with, once it has failed."""
-
-    def error(*args, **kwargs):
-        with pytest.raises(SystemExit) as e:
-            run(*args, **kwargs)
-        assert e.value.code == 1
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert len(lines) == 1
-        return lines[0]
-
-    return error
-
-
-@pytest.fixture
 def dataset(tmp_path):
     """Two images with an object each, registered with the five classes of the model."""
     annotations = [

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,8 +9,6 @@ pytest.importorskip("detectron2")
 pytest.importorskip("sahi")
 
 from cbbl_d2.data.coco_format import load_coco_format  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
