@@ -165,7 +165,7 @@ def find_data_sets(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
         if name is None:
             raise UserError(f"no data set: give --{option}")
         check_registered(name, f"--{option}")
-        if not any(record.get("annotations") for record in load_dataset(name)):
+        if not any(record.get("annotations") for record in load_dataset(name, used_again=True)):
             raise UserError(f"{name}: has no annotated object: choose another one with --{option}")
         names.append(name)
     if names[0] == names[1]:

@@ -16,9 +16,10 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 import tqdm
+from cbbl_d2.distribution import all_finite
 from cbbl_d2.engine.validation_loss import build_annotated_loader
 from cbbl_d2.errors import UserError
-from cbbl_d2.evaluation.calibration import SIZE_EDGES
+from cbbl_d2.evaluation.calibration import occurring_sizes
 from cbbl_d2.modeling import CBBLBox2BoxTransform, LocalizationLoss
 from cbbl_d2.modeling.output_layer import distribution_layer
 from detectron2.config import CfgNode
@@ -93,13 +94,13 @@ def foreground_regions(
         order = torch.randperm(len(foreground), generator=generator)
         chosen = foreground[order[:limit]].to(model.device)
         boxes, targets = boxes[chosen], objects[matches[chosen]]
-        pooled = heads.box_pooler([features[f] for f in heads.box_in_features], [boxes])
-        if not torch.isfinite(pooled.half()).all():
+        pooled = heads.box_pooler([features[f] for f in heads.box_in_features], [boxes]).half()
+        if not all_finite(pooled):
             raise UserError(
                 f"{name}: the features of the model are not finite: its weights are bad"
             )
         scale = image["height"] / images.image_sizes[0][0]
-        tensors = (pooled.half(), boxes.tensor, targets.tensor, targets.area().sqrt() * scale)
+        tensors = (pooled, boxes.tensor, targets.tensor, targets.area().sqrt() * scale)
         parts.append(Regions(*(x.cpu() for x in tensors)))
     regions = Regions(*(torch.cat(x) for x in zip(*parts))) if parts else None
     if regions is None or len(regions.targets) == 0:
@@ -198,13 +199,12 @@ def size_classes(sizes: torch.Tensor) -> Dict[str, torch.Tensor]:
         sizes: shape ``(R,)``, pixels.
 
     Returns:
-        those sizes of ``SIZE_EDGES`` that are among them -> which they are, bool, shape ``(R,)``.
+        the classes of size that occur -> which they are, bool, shape ``(R,)``.
     """
-    chosen = {
-        f"{low}-{high} px" if high < math.inf else f"over {low} px": (sizes >= low) & (sizes < high)
-        for low, high in zip(SIZE_EDGES, SIZE_EDGES[1:])
+    return {
+        f"{low}-{high} px" if high < math.inf else f"over {low} px": chosen
+        for low, high, chosen in occurring_sizes(sizes)
     }
-    return {name: x for name, x in chosen.items() if x.any()}
 
 
 def iou_by_size(boxes: torch.Tensor, regions: Regions) -> Dict[str, float]:

@@ -242,10 +242,22 @@ def mean_errors(matched: MatchedSides) -> list[float]:
 
 def size_classes(matched: MatchedSides) -> list[tuple[str, MatchedSides]]:
     """Those of :data:`SIZE_EDGES` that have detections, with a label in pixels."""
-    classes = []
+    return [
+        (f"{low} to {high}" if high < math.inf else f"{low} and more", matched[chosen])
+        for low, high, chosen in occurring_sizes(matched.sizes)
+    ]
+
+
+def occurring_sizes(sizes):
+    """
+    Args:
+        sizes: pixels, an array or a tensor of shape ``(N,)``.
+
+    Yields:
+        those classes of :data:`SIZE_EDGES` that occur: from, to (not included), and which of the
+        sizes are in it, bool, of the kind and shape of ``sizes``.
+    """
     for low, high in zip(SIZE_EDGES, SIZE_EDGES[1:]):
-        chosen = (matched.sizes >= low) & (matched.sizes < high)
+        chosen = (sizes >= low) & (sizes < high)
         if chosen.any():
-            label = f"{low} to {high}" if high < math.inf else f"{low} and more"
-            classes.append((label, matched[chosen]))
-    return classes
+            yield low, high, chosen
