@@ -8,6 +8,7 @@ from cbbl_d2.distribution import two_hot
 from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.modeling import LocalizationLoss, keep_distributions
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -263,6 +264,54 @@ def test_voting_moves_boxes_and_nothing_else(name):
     moved = (plain.pred_boxes.tensor - voted.pred_boxes.tensor).abs()
     assert 0.1 < moved.max() < 48  # pixels
     assert torch.isfinite(voted.pred_boxes.tensor).all()
+
+
+def test_voting_is_the_mean_of_the_candidates_that_overlap(name, monkeypatch):
+    """An independent slow reference: the candidates are the detections without NMS."""
+    if name == "rpn":
+        pytest.skip("its boxes are Smooth-L1's")
+    sigma, models = 0.5, []
+    for module in ("fast_rcnn", "dense_detector"):
+        one = lambda variances, boxes: torch.ones_like(variances)  # noqa: E731
+        monkeypatch.setattr(f"cbbl_d2.modeling.{module}.voting_variances", one)
+    # ROI heads clip before they vote, dense detectors after it.
+    monkeypatch.setattr(Boxes, "clip", lambda *args: None)
+    for voting_sigma in (sigma, 0.0):
+        torch.manual_seed(0)
+        models.append(build(name, MODEL__CBBL__VOTING_SIGMA=voting_sigma).eval())
+        for layer in localization_layers(name, models[-1]):
+            torch.nn.init.normal_(layer.weight, std=0.02)
+        set_score_threshold(models[-1], 0.0)
+    for decoder in _decoders(models[1]):
+        decoder.test_nms_thresh = 1.0
+        for limit in ("test_topk_per_image", "max_detections_per_image"):
+            if hasattr(decoder, limit):
+                setattr(decoder, limit, 100000)
+    models[1].load_state_dict(models[0].state_dict())
+    (x,) = batch(0)
+    with torch.no_grad():
+        voted, candidates = (model([x])[0]["instances"] for model in models)
+    assert 10 < len(voted) < len(candidates)
+    moved = 0
+    boxes = candidates.pred_boxes.tensor.double()
+    for i in range(0, len(voted), 7):
+        # NMS keeps one of each score and class: the detection is found again by these.
+        same = candidates.pred_classes == voted.pred_classes[i]
+        (own,) = (same & (candidates.scores == voted.scores[i])).nonzero()[0]
+        closeness = torch.zeros(len(boxes), dtype=torch.float64)
+        for j in same.nonzero()[:, 0].tolist():
+            corner = torch.maximum(boxes[own, :2], boxes[j, :2])
+            size = torch.minimum(boxes[own, 2:], boxes[j, 2:]) - corner
+            intersection = size.clamp(min=0).prod()
+            areas = [(b[2:] - b[:2]).prod() for b in (boxes[own], boxes[j])]
+            iou = intersection / (sum(areas) - intersection)
+            if iou > 0:
+                closeness[j] = candidates.scores[j] * torch.exp(-((1 - iou) ** 2) / sigma)
+        expected = (closeness[:, None] * boxes).sum(dim=0) / closeness.sum()
+        found = voted.pred_boxes.tensor[i].double()
+        assert torch.allclose(found, expected, atol=1e-2)
+        moved = max(moved, (expected - boxes[own]).abs().max().item())
+    assert moved > 0.5  # pixels
 
 
 def _decoders(model):
