@@ -121,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
         f"IoU {args.iou:g}; scale fitted on {len(first)}, judged on {len(second)}"
     )
     key = [round(float(old * new), 3) for old, new in zip(cfg.MODEL.CBBL.STD_SCALE, scale)]
-    text = f"{title}\n\n{tables(versions)}\nMODEL.CBBL.STD_SCALE: {tuple(key)}\n"
+    text = (
+        f"{title}\n\n{tables(versions)}\nMODEL.CBBL.STD_SCALE: {tuple(key)}\n"
+        f'With this checkpoint: tools/predict.py --opts MODEL.CBBL.STD_SCALE "{tuple(key)}"\n'
+    )
     with open_whole(os.path.join(folder, "calibration.md")) as f:
         f.write(text)
     with open_whole(os.path.join(folder, "calibration.png"), "wb") as f:

@@ -25,7 +25,7 @@ from .anchor_fit import (
     largest_offset,
     regression_targets,
 )
-from .object_table import ObjectTable
+from .object_table import ObjectTable, resized_shapes
 
 __all__ = ["Suggestion", "anchor_levels", "format_yaml", "suggest_settings"]
 
@@ -36,11 +36,15 @@ _QUANTILE = 0.1
 # images into tiles.
 _LARGEST_SHORT_SIDE = 1600
 _SIZE_STEP = 32
+# So many times larger than in training, objects at inference are others than those it has learned.
+_UNLIKE = 1.25
 
 _LEAST_DETECTIONS = 100  # Detectron2's default, and COCO's metric
 # Detections for each object of the fullest image: false ones take their place among the best, too.
 _DETECTIONS_PER_OBJECT = 1.5
 _DETECTIONS_STEP = 50
+
+_EPOCHS = 12  # of Detectron2's schedule "1x" on COCO, and of the paper
 
 _MAX_CLIPPED = 0.01  # share of targets outside the grid that is no reason to widen it
 
@@ -87,6 +91,7 @@ def suggest_settings(
     suggestions += _box_head_grid(cfg)
     suggestions += _fcos_grid(cfg, at_input)
     suggestions.append(_detections(cfg, objects))
+    suggestions.append(_length(cfg, objects))
     return suggestions
 
 
@@ -158,7 +163,10 @@ def _input_size(
                 f"; images are enlarged {now / median_side:.2f} times: their own short side, "
                 f"{median_side:.0f}, would take {cost:.0%} of the time"
             )
-        return (now, max_now), Suggestion(_size_values(cfg, now, max_now), reason)
+        at_input = float(np.median(resized_shapes(objects.shapes, now, max_now).min(axis=1)))
+        if at_input < 0.95 * now:
+            reason += f"; MAX_SIZE_TEST {max_now} leaves a short side of {at_input:.0f}"
+        return (now, max_now), _size_suggestion(cfg, now, max_now, reason)
 
     largest = max(now, min(_LARGEST_SHORT_SIDE, _round_up(2 * median_side)))
     sides = [*range(_round_up(now), largest + 1, _SIZE_STEP), largest]
@@ -176,21 +184,26 @@ def _input_size(
             if largest < 2 * median_side
             else "; beyond twice the size of the files there is nothing more to see"
         )
-    return size, Suggestion(_size_values(cfg, *size), reason)
+    return size, _size_suggestion(cfg, *size, reason)
 
 
-def _size_values(cfg: CfgNode, short: int, long: int) -> dict[str, Any]:
+def _size_suggestion(cfg: CfgNode, short: int, long: int, reason: str) -> Suggestion:
     now = cfg.INPUT.MIN_SIZE_TEST
     train, max_train = tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
     if short != now:
         train = tuple(sorted({_round_up(x * short / now) for x in train}))
         max_train = max(max_train, long)
-    return {
+    if short > 0 and min(train) > 0 and not min(train) <= short <= _UNLIKE * max(train):
+        reason += f"; trained at {listed(map(str, train))} it would not know objects of this size"
+        train = tuple(sorted({_round_up(x * short / max(train)) for x in train[:-1]} | {short}))
+        max_train = max(max_train, long)
+    values = {
         "INPUT.MIN_SIZE_TRAIN": train,
         "INPUT.MAX_SIZE_TRAIN": max_train,
         "INPUT.MIN_SIZE_TEST": short,
         "INPUT.MAX_SIZE_TEST": long,
     }
+    return Suggestion(values, reason)
 
 
 def _round_up(number: float, step: int = _SIZE_STEP) -> int:
@@ -300,6 +313,23 @@ def _detections(cfg: CfgNode, objects: ObjectTable) -> Suggestion:
         values["MODEL.RPN.POST_NMS_TOPK_TEST"] = number
         reason += f"; {cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals would be fewer than that"
     return Suggestion(values, reason)
+
+
+# -- length of the training ------------------------------------------------------------------------
+
+
+def _length(cfg: CfgNode, objects: ObjectTable) -> Suggestion:
+    iterations, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+    images = len(objects.shapes)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        images = np.count_nonzero(objects.per_image())
+    epochs = iterations * batch / images
+    reason = (
+        f"no advice from the data: SOLVER.MAX_ITER {iterations} with IMS_PER_BATCH {batch} is "
+        f"{epochs:.3g} epochs of {images} images; Detectron2's 1x of {_EPOCHS} would be "
+        f"{int(-(-_EPOCHS * images // batch))}"
+    )
+    return Suggestion({}, reason)
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -107,6 +109,54 @@ def test_there_is_an_end_to_it(config, shape, expected, words):
     assert any(words in x.reason for x in suggestions)
 
 
+def suggestion_of(key, cfg, objects, **kwargs):
+    (found,) = [x for x in suggest_settings(cfg, objects, ["car"], **kwargs) if key in x.values]
+    return found
+
+
+@pytest.mark.parametrize(
+    "train, test, expected",
+    (
+        ((256,), 1080, (1080,)),
+        ((256,), 100, (100,)),
+        ((640, 800), 1200, (960, 1200)),
+        ((640, 800), 1000, (640, 800)),  # a little larger at inference
+        ((640, 800), 640, (640, 800)),
+        ((0,), 1080, (0,)),  # not resized
+    ),
+)
+def test_objects_are_as_large_in_training_as_at_inference(config, train, test, expected):
+    sizes = ("INPUT.MIN_SIZE_TRAIN", train, "INPUT.MIN_SIZE_TEST", test)
+    cfg = config("Base-CBBL-RCNN-FPN", *sizes, "INPUT.MAX_SIZE_TEST", 2000)
+    found = suggestion_of("INPUT.MIN_SIZE_TRAIN", cfg, squares(100), keep_input_size=True)
+    assert found.values["INPUT.MIN_SIZE_TRAIN"] == expected
+    assert found.values["INPUT.MIN_SIZE_TEST"] == test
+    assert ("trained at" in found.reason) == (expected != train)
+    least = 2000 if expected != train else 0
+    assert found.values["INPUT.MAX_SIZE_TRAIN"] == max(cfg.INPUT.MAX_SIZE_TRAIN, least)
+
+
+def test_a_long_side_that_ends_before_the_short_one_is_reached(config):
+    cfg = config("Base-CBBL-RCNN-FPN", "INPUT.MIN_SIZE_TEST", 1080, "INPUT.MIN_SIZE_TRAIN", (1080,))
+    reason = suggestion_of("INPUT.MIN_SIZE_TEST", cfg, squares(100, shape=(1080, 1920))).reason
+    assert "MAX_SIZE_TEST 1333 leaves a short side of 750" in reason
+    reason = suggestion_of("INPUT.MIN_SIZE_TEST", config(), squares(100)).reason  # 480 x 640
+    assert "leaves" not in reason
+
+
+def test_the_length_of_the_training_in_epochs(config):
+    one = squares(100)
+    images = np.arange(len(one)) % 10  # 10 of 20 have objects
+    objects = dataclasses.replace(one, images=images, shapes=np.repeat(one.shapes, 20, axis=0))
+    steps = ("SOLVER.MAX_ITER", 50, "SOLVER.IMS_PER_BATCH", 8)
+    for filtered, expected in ((True, (40, 10, 15)), (False, (20, 20, 30))):
+        option = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", filtered)
+        found = suggest_settings(config("Base-CBBL-RCNN-FPN", *steps, *option), objects, ["car"])
+        (reason,) = [x.reason for x in found if "epochs" in x.reason]
+        assert f"is {expected[0]} epochs of {expected[1]} images" in reason
+        assert reason.endswith(f"would be {expected[2]}")
+
+
 def test_the_input_size_can_be_kept(config):
     values = suggest(config(), squares(3), keep_input_size=True)
     assert values["INPUT.MIN_SIZE_TEST"] == 800
@@ -152,7 +202,8 @@ def test_a_level_that_the_backbone_lacks(config):
 
 
 def remarks(cfg, objects):
-    return [x.reason for x in suggest_settings(cfg, objects, ["car"]) if not x.values]
+    """Of the grids: the last remark is on the length of the training."""
+    return [x.reason for x in suggest_settings(cfg, objects, ["car"]) if not x.values][:-1]
 
 
 def test_grid_of_the_box_head_is_no_matter_of_the_data(config):
