@@ -27,7 +27,8 @@ def variance_voting(
 
     ``score_j * exp(-(1 - IoU_ij)^2 / sigma) / variance_j``.
 
-    The factor ``score_j`` is not Softer-NMS's: it was measured to help, see docs/study_small_shapes.md.
+    The factor ``score_j`` is not Softer-NMS's: it was measured to help, see
+    docs/study_small_shapes.md.
 
     Args:
         boxes: the detections, shape ``(D, 4)``, XYXY, pixels.
