@@ -188,15 +188,14 @@ def _input_size(
 
 
 def _size_suggestion(cfg: CfgNode, short: int, long: int, reason: str) -> Suggestion:
-    now = cfg.INPUT.MIN_SIZE_TEST
+    base = now = cfg.INPUT.MIN_SIZE_TEST
     train, max_train = tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
-    if short != now:
-        train = tuple(sorted({_round_up(x * short / now) for x in train}))
-        max_train = max(max_train, long)
-    if short > 0 and min(train) > 0 and not min(train) <= short <= _UNLIKE * max(train):
+    if now > 0 and min(train) > 0 and not min(train) <= now <= _UNLIKE * max(train):
         reason += f"; trained at {listed(map(str, train))} it would not know objects of this size"
-        train = tuple(sorted({_round_up(x * short / max(train)) for x in train[:-1]} | {short}))
-        max_train = max(max_train, long)
+        base = max(train)
+    if short != base:
+        scaled = {short if x == base else _round_up(x * short / base) for x in train}
+        train, max_train = tuple(sorted(scaled)), max(max_train, long)
     values = {
         "INPUT.MIN_SIZE_TRAIN": train,
         "INPUT.MAX_SIZE_TRAIN": max_train,
@@ -327,7 +326,7 @@ def _length(cfg: CfgNode, objects: ObjectTable) -> Suggestion:
     reason = (
         f"no advice from the data: SOLVER.MAX_ITER {iterations} with IMS_PER_BATCH {batch} is "
         f"{epochs:.3g} epochs of {images} images; Detectron2's 1x of {_EPOCHS} would be "
-        f"{int(-(-_EPOCHS * images // batch))}"
+        f"{_round_up(_EPOCHS * images / batch, step=1)}"
     )
     return Suggestion({}, reason)
 
