@@ -33,7 +33,8 @@ def variance_voting(
     Args:
         boxes: the detections, shape ``(D, 4)``, XYXY, pixels.
         classes: shape ``(D,)``.
-        candidates: shape ``(M, 4)``; the detections are among them.
+        candidates: shape ``(M, 4)``; the detections are among them. One that is not finite, or
+            whose score or variances are not, has no say.
         candidate_classes, candidate_scores: shape ``(M,)``.
         candidate_variances: of the sides, shape ``(M, 4)``, > 0, square pixels.
         sigma: > 0; the smaller, the closer a candidate has to lie to have a say.
@@ -41,6 +42,12 @@ def variance_voting(
     Returns:
         Tensor: boxes, shape ``(D, 4)``. One without an overlapping candidate stays as it is.
     """
+    usable = torch.isfinite(candidates).all(dim=1) & torch.isfinite(candidate_scores)
+    usable &= torch.isfinite(candidate_variances).all(dim=1)
+    # Zero times a number that is not finite is not zero.
+    candidates = torch.where(usable[:, None], candidates, 0)
+    candidate_variances = torch.where(usable[:, None], candidate_variances, 1)
+    candidate_scores = torch.where(usable, candidate_scores, 0)
     iou = pairwise_iou(Boxes(boxes), Boxes(candidates))
     closeness = torch.exp(-((1 - iou) ** 2) / sigma) * candidate_scores
     closeness = closeness * ((classes[:, None] == candidate_classes) & (iou > 0))

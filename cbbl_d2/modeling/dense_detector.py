@@ -62,7 +62,7 @@ class DistributionsPerAnchor:
             picked = pick_foreground(logits, anchors, targets, foreground)
             return [Localized(self.localization_loss, self.box2box_transform, *picked)]
 
-        (loss,) = self.refinement(features, localize)
+        (loss,) = self.refinement(features, localize, self)
         losses[f"{self.loss_prefix}_refine"] = self._weighted(loss)
         return losses
 
@@ -87,29 +87,11 @@ class DistributionsPerAnchor:
         As in the base class, with variance voting if ``voting_sigma`` is not 0, and with one more
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
-        result = super().inference_single_image(anchors, scores, logits, image_size)
-        boxes, result.pred_boxes = result.pred_boxes, result.pred_boxes.clone()
-        result.pred_boxes.clip(result.image_size)  # as the base class will
-        set_uncertainty(
-            result,
-            self.box2box_transform,
-            result.logits,
-            result.source_boxes,
-            boxes.tensor,
-            self.keeps_distributions,
-        )
-        result.pred_boxes = boxes
-        for field in ("logits", "source_boxes"):
-            result.remove(field)
+        with results_of(self, "_decode_multi_level_predictions") as decodings:
+            result = super().inference_single_image(anchors, scores, logits, image_size)
+        decoded = result.pred_boxes.tensor
         if self.voting_sigma > 0:
-            candidates = self._decode_multi_level_predictions(
-                anchors,
-                scores,
-                logits,
-                self.test_score_thresh,
-                self.test_topk_candidates,
-                image_size,
-            )
+            (candidates,) = decodings
             variances = self.box2box_transform.side_variances(
                 candidates.logits, candidates.source_boxes, candidates.pred_boxes.tensor
             )
@@ -124,6 +106,16 @@ class DistributionsPerAnchor:
                     self.voting_sigma,
                 )
             )
+        set_uncertainty(
+            result,
+            self.box2box_transform,
+            result.logits,
+            result.source_boxes,
+            decoded,
+            self.keeps_distributions,
+        )
+        for field in ("logits", "source_boxes"):
+            result.remove(field)
         return result
 
     def _decode_per_level_predictions(

@@ -148,7 +148,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         As in the base class, with variance voting if ``voting_sigma`` is not 0. The results have
         one more field, ``pred_boxes_std``: shape ``(D, 4)``, the standard deviation of the sides
-        x1, y1, x2, y2 before voting, relative to the width or height of the box, see
+        x1, y1, x2, y2, as the head predicts it, relative to the width or height of the box, see
         :func:`set_uncertainty`.
 
         A class-specific head decodes only the (box, class) pairs whose score is above the
@@ -195,7 +195,7 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
         self, result: Instances, regions, region_boxes, scores, logits, proposal_boxes
     ) -> None:
         """
-        Set ``pred_boxes_std``, and vote.
+        Vote, and set ``pred_boxes_std``.
 
         Args:
             result: D detections of one image; changed in place.
@@ -203,6 +203,8 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             region_boxes: decoded, of the Ri ROIs of the image: ``(Ri, 4)`` or ``(Ri, K * 4)``.
             scores, logits, proposal_boxes: of these ROIs.
         """
+        if self.voting_sigma > 0:
+            result.pred_boxes = self._vote(result, region_boxes, scores, logits, proposal_boxes)
         set_uncertainty(
             result,
             self.box2box_transform,
@@ -211,16 +213,18 @@ class CBBLFastRCNNOutputLayers(FastRCNNOutputLayers):
             self._of_class(region_boxes[regions], result.pred_classes, 4),
             self.keeps_distributions,
         )
-        if self.voting_sigma == 0:
-            return
 
+    def _vote(self, result: Instances, region_boxes, scores, logits, proposal_boxes) -> Boxes:
+        """As :meth:`_add_uncertainty`; the boxes of the detections after the vote."""
         regions, classes = nonzero_tuple(scores[:, : self.num_classes] > self.test_score_thresh)
-        logits = self._logits_of_class(logits[regions], classes)
         proposal_boxes = proposal_boxes[regions]
-        candidates = Boxes(self.box2box_transform.apply_deltas(logits, proposal_boxes))
-        candidates.clip(result.image_size)
-        variances = self.box2box_transform.side_variances(logits, proposal_boxes)
-        result.pred_boxes = Boxes(
+        decoded = self._of_class(region_boxes[regions], classes, 4)
+        variances = self.box2box_transform.side_variances(
+            self._logits_of_class(logits[regions], classes), proposal_boxes, decoded
+        )
+        candidates = Boxes(decoded)
+        candidates.clip(result.image_size)  # as NMS has them
+        return Boxes(
             variance_voting(
                 result.pred_boxes.tensor,
                 result.pred_classes,

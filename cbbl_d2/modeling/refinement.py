@@ -73,12 +73,15 @@ class Refinement:
     gamma: float
     rho: float = 0.5
 
-    def __call__(self, features: List[torch.Tensor], localize: Localize) -> List[torch.Tensor]:
+    def __call__(
+        self, features: List[torch.Tensor], localize: Localize, module: nn.Module
+    ) -> List[torch.Tensor]:
         """
         Args:
             features: for each level, shape ``(N, C, H, W)``.
             localize: what the detector's parts predict from such feature maps for the foreground of
                 the first pass. Is called twice.
+            module: that predicts it.
 
         Returns:
             for each of the parts a scalar, not normalized. For P = 0 zero with a live gradient.
@@ -86,7 +89,8 @@ class Refinement:
         # In half precision most of the movement, some 1e-3 in each number, would be rounded away,
         # and the gradient would vanish.
         features = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
-        with torch.autocast(features[0].device.type, enabled=False):
+        autocast = torch.autocast(features[0].device.type, enabled=False)
+        with autocast, unchanged_statistics(module):
             moved = [
                 # The movement is a constant; P stays connected to the backbone.
                 torch.addcmul(x, direction, direction.new_tensor(self.rho))
@@ -116,6 +120,24 @@ def uncertain_directions(features: List[torch.Tensor], localize: Localize) -> Li
         )
     norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True) for g in gradients]
     return [g / norm.clamp(min=1e-12) for g, norm in zip(gradients, norms)]
+
+
+@contextlib.contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """
+    In this context batch norms normalize as they do in training, and keep their running statistics
+    as they are: inference sees no moved feature map.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.track_running_stats, norm.momentum) for norm in norms]
+    for norm in norms:
+        # The second one for Detectron2's NaiveSyncBatchNorm, which does not ask for the first.
+        norm.track_running_stats, norm.momentum = False, 0.0
+    try:
+        yield
+    finally:
+        for norm, (tracks, momentum) in zip(norms, before):
+            norm.track_running_stats, norm.momentum = tracks, momentum
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ class _RefinedBoxes:
         if not isinstance(predictors, nn.ModuleList):
             predictors, names = [predictors], ["loss_box_refine"]
         regions = stages
-        # The others have no loss of localization, but batch norm has its statistics of them, too.
+        # The others have no loss of localization, but batch norm normalizes by them, too.
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             regions = [select_foreground_proposals(x, self.num_classes)[0] for x in stages]
         losses = self.refinement(
@@ -71,6 +71,7 @@ class _RefinedBoxes:
                 predictor.localized(self._predict(features, x, stage), x)
                 for stage, (predictor, x) in enumerate(zip(predictors, regions))
             ],
+            self,
         )
         return {
             # Normalized and weighted as loss_box_reg.

@@ -100,7 +100,7 @@ class CBBLRPN(RPN):
             picked = pick_foreground(logits, anchors, gt_boxes, torch.stack(gt_labels) == 1)
             return [Localized(self.localization_loss, self.box2box_transform, *picked)]
 
-        (loss,) = self.refinement(maps, localize)
+        (loss,) = self.refinement(maps, localize, self)
         return proposals, {**losses, "loss_rpn_refine": self._weighted(loss, len(gt_labels))}
 
     def losses(

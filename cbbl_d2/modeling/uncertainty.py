@@ -30,14 +30,17 @@ def set_uncertainty(
       ``coordinates`` of the transforms, relative to the width or height of the image.
 
     Args:
-        result: D detections with ``pred_boxes`` that lie in the image; changed in place.
+        result: D detections; changed in place. Sizes are those that their ``pred_boxes``, after
+            voting where there is any, have within the image.
         transform: :class:`CBBLBox2BoxTransform` or :class:`CBBLBox2BoxTransformLinear`.
         logits, source_boxes: what the boxes were decoded from, shapes ``(D, 4 * G)`` and
             ``(D, 4)``, XYXY.
         decoded: the boxes as decoded, shape ``(D, 4)``.
     """
     deviations = transform.side_deviations(logits, source_boxes, decoded)
-    result.pred_boxes_std = relative_std(deviations, result.pred_boxes.tensor)
+    boxes = result.pred_boxes.clone()
+    boxes.clip(result.image_size)  # as Detectron2 does with those of dense detectors later
+    result.pred_boxes_std = relative_std(deviations, boxes.tensor)
     if keeps_distributions:
         height, width = result.image_size
         coordinates = transform.coordinates(source_boxes)

@@ -9,6 +9,7 @@ from cbbl_d2.modeling import (
     CBBLFastRCNNOutputLayers,
 )
 from cbbl_d2.modeling.box_voting import variance_voting
+from cbbl_d2.modeling.uncertainty import std_in_pixels
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, Instances
@@ -51,6 +52,21 @@ def test_nothing_to_vote_on():
     # A box without area overlaps nothing, not even itself.
     flat = [[3.0, 3, 3, 9]]
     assert torch.equal(vote(flat, [0], flat, [0], [0.9], [[1.0] * 4]), torch.tensor(flat))
+
+
+@pytest.mark.parametrize("broken", ("box", "score", "variance"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_candidate_that_is_not_finite_has_no_say(broken, value):
+    candidates = [[0.0, 0, 10, 10], [1.0, 1, 11, 11], [2.0, 2, 12, 12]]
+    scores, variances = [0.5, 0.4, 0.3], [[1.0] * 4, [2.0] * 4, [3.0] * 4]
+    expected = vote(candidates[:2], [0, 0], candidates[:2], [0, 0], scores[:2], variances[:2])
+    if broken == "score":
+        scores[2] = value
+    else:
+        {"box": candidates, "variance": variances}[broken][2][1] = value
+    found = vote(candidates[:2], [0, 0], candidates, [0, 0, 0], scores, variances)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, torch.tensor(candidates[:2]))
 
 
 def test_variances_of_the_sides_of_fcos_are_those_of_sampled_boxes():
@@ -119,8 +135,11 @@ def test_voting_moves_boxes_and_nothing_else():
     (plain,), (kept,) = predictor(0.0).inference((scores, logits), [image])
     (voted,), (kept_too,) = predictor(0.05).inference((scores, logits), [image])
     assert len(plain) > 3 and torch.equal(kept, kept_too)
-    for field in ("scores", "pred_classes", "pred_boxes_std"):
+    for field in ("scores", "pred_classes"):
         assert torch.equal(plain.get(field), voted.get(field))
+    # Of the same number of pixels, relative to the box as it is now.
+    std = [std_in_pixels(x.pred_boxes_std, x.pred_boxes.tensor) for x in (plain, voted)]
+    assert torch.allclose(*std, rtol=1e-5)
     moved = (plain.pred_boxes.tensor - voted.pred_boxes.tensor).abs()
     assert moved.max() > 0.1  # pixels
     assert moved.max() < 15  # within the boxes that overlap

@@ -48,7 +48,7 @@ def passes(monkeypatch):
     calls = []
     original = Refinement.__call__
 
-    def record(self, features, localize):
+    def record(self, features, localize, module):
         maps, uncertainties = [], []
 
         def localize_and_record(features):
@@ -57,7 +57,7 @@ def passes(monkeypatch):
             uncertainties.append(sum(part.uncertainty() for part in parts).item())
             return parts
 
-        losses = original(self, features, localize_and_record)
+        losses = original(self, features, localize_and_record, module)
         assert len(maps) == 2
         for x, before, after in zip(features, *maps):
             assert torch.equal(x, before) and x.shape == after.shape
@@ -119,7 +119,7 @@ def test_each_map_of_each_image_is_moved_by_rho_along_the_gradient_of_the_uncert
         seen.append(features)
         return [Localized(loss, transform, logits_of(features), proposals, objects)]
 
-    (total,) = Refinement(gamma=0.2, rho=0.5)(features, localize)
+    (total,) = Refinement(gamma=0.2, rho=0.5)(features, localize, torch.nn.Identity())
     moved = [x.detach().clone().requires_grad_() for x in seen[1]]
 
     targets = transform.get_deltas(proposals, objects)
@@ -202,8 +202,9 @@ def test_all_else_is_as_without_it(name):
         assert torch.equal(losses[loss], value), loss
     assert not [m for m in model.modules() if types.FunctionType in map(type, vars(m).values())]
 
+    # The statistics of batch norms are among them.
     assert model.state_dict().keys() == plain.state_dict().keys()
-    plain.load_state_dict(model.state_dict())
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in plain.state_dict().items())
     results = []
     for detector in (plain.eval(), model.eval()):
         set_score_threshold(detector, 0.0)
@@ -365,3 +366,34 @@ def test_results_of_a_method_and_then_the_method_as_it_was():
     with pytest.raises(RuntimeError), results_of(module, "extra_repr"):
         raise RuntimeError
     assert vars(module)["extra_repr"] is replaced
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    (
+        (
+            "faster",
+            {
+                "MODEL__ROI_BOX_HEAD__NUM_CONV": 1,
+                "MODEL__ROI_BOX_HEAD__CONV_DIM": 8,
+                "MODEL__ROI_BOX_HEAD__NORM": "BN",
+            },
+        ),
+        ("fcos", {"MODEL__FCOS__NORM": "BN"}),
+        ("res5", {}),
+    ),
+)
+def test_batch_norms_see_no_moved_feature_map(name, options):
+    statistics = []
+    for gamma in (0.0, 0.1):
+        model = build_refined(name, gamma=gamma, rho=1e3, **options)
+        before = {k: x.clone() for k, x in model.named_buffers()}
+        losses, _ = train(model, batch(3, 2))
+        sum(losses.values()).backward()
+        statistics.append({k: x for k, x in model.named_buffers() if not torch.equal(x, before[k])})
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert all(norm.track_running_stats and norm.momentum == 0.1 for norm in norms)
+    in_head = [key for key in statistics[0] if "head" in key and key.endswith("running_var")]
+    assert in_head, statistics[0].keys()
+    assert statistics[0].keys() == statistics[1].keys()
+    assert all(torch.equal(x, statistics[1][key]) for key, x in statistics[0].items())
