@@ -256,7 +256,7 @@ def check_cbbl_config(cfg: CN) -> None:
             "this config has no MODEL.CBBL: call cbbl_d2.add_cbbl_config(cfg) before merging files"
         )
     check_values(cfg, {**_VALUES, **_cascade_values(cfg)})
-    _check_voting(cfg)
+    _check_boxes(cfg)
     _check_iterations(cfg)
     _check_refinement(cfg)
     node = cfg.INPUT.SMALL_OBJECTS
@@ -275,13 +275,24 @@ def check_cbbl_config(cfg: CN) -> None:
             )
 
 
-def _check_voting(cfg: CN) -> None:
-    sigma, (key, name, part) = cfg.MODEL.CBBL.VOTING_SIGMA, _detector(cfg)
-    if sigma > 0 and not getattr(part, "can_vote", False):
-        raise ConfigError(
-            f"MODEL.CBBL.VOTING_SIGMA = {sigma}: must be 0 for {key} {name}: only detectors whose "
-            "boxes are C-BBL's vote"
-        )
+def stock_boxes(cfg: CN) -> str:
+    """The key and value that make the boxes of the detections, if these are not C-BBL's, or ""."""
+    key, name, part = _detector(cfg)
+    return "" if getattr(part, "has_distributions", False) else f"{key} {name}"
+
+
+def _check_boxes(cfg: CN) -> None:
+    node, stock = cfg.MODEL.CBBL, stock_boxes(cfg)
+    for key, without, what in (
+        ("VOTING_SIGMA", 0, "vote"),
+        ("STD_SCALE", (1, 1, 1, 1), "have deviations to scale"),
+    ):
+        value = tuple(node[key]) if isinstance(without, tuple) else node[key]
+        if stock and value != without:
+            raise ConfigError(
+                f"MODEL.CBBL.{key} = {value}: must be {without} for {stock}: only detectors whose "
+                f"boxes are C-BBL's {what}"
+            )
 
 
 def _check_iterations(cfg: CN) -> None:

@@ -325,6 +325,20 @@ def test_bands_of_the_deviations():
     assert (rows.min(), rows.max() + 1) == pytest.approx((20, 85), abs=1)
     assert not tinted[42:53, 72:143].any()
     assert tinted[50, 33:47].all() and tinted[50, 53:68].all()
+    # Of detections they are relative to the width and height of the box.
+    found = instances(box.tolist(), [0], [0.9], (100, 200))
+    found.pred_boxes_std = torch.tensor([[0.2, 0.25, 0.05, 0.375]])
+    drawn, expected = (
+        draw_instances(image, found, Metadata(), scale=1, uncertainty=True),
+        draw_boxes(
+            image,
+            box,
+            [f"{ClassStyle(Metadata()).name(0)} 90%"],
+            [ClassStyle(Metadata()).color(0)],
+            deviations=np.array([[20.0, 10, 5, 15]]),
+        ),
+    )
+    assert np.array_equal(drawn, expected)
     # As wide as the box: nothing is left out in the middle.
     wide = draw_boxes(image, box, [""], [red], deviations=np.full((1, 4), 60.0)).astype(int)
     assert (np.abs(wide - image)[35:65, 60:140].sum(axis=2) > 20).all()

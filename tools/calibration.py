@@ -13,9 +13,12 @@ with the reliability plot, calibration.json with the numbers. See docs/uncertain
 """
 
 import argparse
+import math
 import os
+from typing import Any
 
 from cbbl_d2.analysis.markdown import markdown_table
+from cbbl_d2.config import stock_boxes
 from cbbl_d2.engine.cli import add_opts, number, one_line_errors
 from cbbl_d2.errors import UserError
 from cbbl_d2.evaluation import calibration
@@ -78,22 +81,36 @@ def tables(versions: dict[str, MatchedSides]) -> str:
     Args:
         versions: what the deviations are called -> the same detections with them.
     """
-    summaries = [calibration.summary(x) for x in versions.values()]
-    rows = [[key, *(f"{s[key]:.3f}" for s in summaries)] for key in summaries[0]]
-    means = [calibration.mean_errors(x) for x in versions.values()]
-    rows += [
-        [f"mean error [px], {s}", *(f"{m[i]:.2f}" for m in means)] for i, s in enumerate(SIDES)
-    ]
-    ranks = [calibration.spearman(x) for x in versions.values()]
-    rows += [[f"Spearman, {s}", *(f"{r[i]:.3f}" for r in ranks)] for i, s in enumerate(SIDES)]
-    text = markdown_table(["all sizes", *versions], rows) + "\n"
-    header, rows = ["size [px]", "detections"], []
-    for share in ("68 %", "95 %"):
-        header += [f"{share}, {name}" for name in versions]
-    for parts in zip(*map(calibration.size_classes, versions.values())):
-        cells = [f"{calibration.coverage(part, z):.3f}" for z in (1.0, 1.96) for _, part in parts]
-        rows.append([parts[0][0], str(len(parts[0][1])), *cells])
-    return text + markdown_table(header, rows)
+    columns = {name: calibration.summary(x) for name, x in versions.items()}
+    text = _table("all sides and sizes", columns)
+    for name, matched in versions.items():
+        columns = {x: calibration.summary(matched.side(i)) for i, x in enumerate(SIDES)}
+        text += "\n" + _table(f"by side, {name}", columns)
+    for name, matched in versions.items():
+        classes = calibration.size_classes(matched)
+        columns = {f"{x} px ({len(part)})": calibration.summary(part) for x, part in classes}
+        text += "\n" + _table(f"by size, {name}", columns)
+    return text
+
+
+def _table(title: str, columns: dict[str, dict[str, float]]) -> str:
+    keys = next(iter(columns.values()))
+    rows = [[key, *(f"{column[key]:.3f}" for column in columns.values())] for key in keys]
+    return markdown_table([title, *columns], rows)
+
+
+def numbers(matched: MatchedSides) -> dict[str, Any]:
+    """For a JSON file, which has no NaN."""
+
+    def summary(part: MatchedSides) -> dict[str, float | None]:
+        values = calibration.summary(part).items()
+        return {key: value if math.isfinite(value) else None for key, value in values}
+
+    return {
+        **summary(matched),
+        "by side": {x: summary(matched.side(i)) for i, x in enumerate(SIDES)},
+        "by size": {x: summary(part) for x, part in calibration.size_classes(matched)},
+    }
 
 
 @one_line_errors
@@ -103,6 +120,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_inference_config(args.weights, args.config_file, args.opts, None, args.dataset)
     cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False  # boxes are all that is looked at
     cfg.freeze()
+    if stock := stock_boxes(cfg):
+        raise UserError(
+            f"{stock}: its boxes have no deviations: give a detector whose boxes are C-BBL's"
+        )
     if args.dataset in cfg.DATASETS.TRAIN:
         print(
             f"{args.dataset} is in DATASETS.TRAIN: on the images that it was trained on a detector "
@@ -131,10 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         plot_calibration(f, title, versions)
     write_json(
         os.path.join(folder, "calibration.json"),
-        {
-            "std_scale": key,
-            **{name: calibration.summary(x) for name, x in versions.items()},
-        },
+        {"std_scale": key, **{name: numbers(x) for name, x in versions.items()}},
     )
     print(f"\n{text}\nWritten to {folder}")
 

@@ -28,6 +28,7 @@ import contextlib
 import io
 import os
 
+from cbbl_d2.config import stock_boxes
 from cbbl_d2.data.broken_images import large_images
 from cbbl_d2.data.dataset_checks import warn_of_many_objects
 from cbbl_d2.engine.cli import add_opts, number, one_line_errors
@@ -211,7 +212,12 @@ def build_pictures(
 
 
 def build_explanations(
-    folder: str, source: Source, classes: Classes, predictor: Predictor, args: argparse.Namespace
+    folder: str,
+    source: Source,
+    classes: Classes,
+    predictor: Predictor,
+    cfg: CfgNode,
+    args: argparse.Namespace,
 ) -> Explanations:
     """
     Raises:
@@ -219,9 +225,13 @@ def build_explanations(
     """
     names = keep_distributions(predictor.model)
     if not names:
-        raise UserError("--explain: this detector has no distributions: only C-BBL's detectors do")
+        raise UserError(
+            f"--explain: {stock_boxes(cfg)} has no distributions: leave it out, or give a detector "
+            "whose boxes are C-BBL's"
+        )
     folder, style = os.path.join(folder, "explained"), ClassStyle(classes.metadata)
-    return Explanations(folder, args.explain, source, names, style)
+    label = "detection, after voting" if cfg.MODEL.CBBL.VOTING_SIGMA > 0 else "detection"
+    return Explanations(folder, args.explain, source, names, style, label)
 
 
 # -- what is printed -------------------------------------------------------------------------------
@@ -311,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
     formats = args.formats or [x for x in FORMATS if x != "pictures" or draws]
     explanations = None
     if args.explain:
-        explanations = build_explanations(folder, source, classes, predictor, args)
+        explanations = build_explanations(folder, source, classes, predictor, cfg, args)
     takers = [explanations.take] if explanations else []
     takers += [pictures.take] if "pictures" in formats else []
     takers.append(results.take)

@@ -43,7 +43,7 @@ _LEVELS = np.linspace(0.01, 0.99, 99)
 class MatchedSides:
     """
     Attributes:
-        errors, std: shape ``(M, 4)``.
+        errors, std: shape ``(M, 4)``, or ``(M, 1)`` of one side.
         sizes: shape ``(M,)``, sqrt(width * height) of the ground truth, pixels.
         in_first_half: shape ``(M,)``, bool: of the data set, see :func:`halves`.
         num_detections: of which M match.
@@ -61,6 +61,11 @@ class MatchedSides:
     def __getitem__(self, chosen: np.ndarray) -> "MatchedSides":
         fields = (self.errors, self.std, self.sizes, self.in_first_half)
         return MatchedSides(*(x[chosen] for x in fields), self.num_detections)
+
+    def side(self, index: int) -> "MatchedSides":
+        """One of :data:`SIDES` alone."""
+        one = slice(index, index + 1)
+        return dataclasses.replace(self, errors=self.errors[:, one], std=self.std[:, one])
 
     def scaled(self, scale: Sequence[float]) -> "MatchedSides":
         return dataclasses.replace(self, std=self.std * np.asarray(scale))
@@ -81,7 +86,8 @@ def match_sides(truth: COCO, detections: Sequence[dict], iou: float = 0.5) -> Ma
     """
     if any("pred_boxes_std" not in d for d in detections):
         raise UserError(
-            "these detections have no pred_boxes_std: only detectors whose boxes are C-BBL's do"
+            "these detections have no pred_boxes_std: only detectors whose boxes are C-BBL's do: "
+            "give one of them"
         )
     first = _first_half(truth, sorted(truth.getImgIds()))
     matches = _match(truth, detections, iou) if detections else []
@@ -156,7 +162,7 @@ def halves(matched: MatchedSides) -> tuple[MatchedSides, MatchedSides]:
             f"{len(matched)} of {matched.num_detections} detections match an object, {usable[0]} "
             f"and {usable[1]} of them in two halves of the data set without a common sequence and "
             f"not on the border of the image: a calibration needs {_LEAST_MATCHES} in each: take a "
-            "larger data set or a better detector"
+            "larger data set, of two sequences or more, or a better detector"
         )
     return first, second
 
@@ -173,16 +179,21 @@ def fit_scale(matched: MatchedSides) -> np.ndarray:
 
 def coverage(matched: MatchedSides, z: float) -> float:
     """Share of the errors within ``z`` deviations; NaN without any."""
-    ratios = np.abs(matched.errors) / matched.std
-    return float(np.mean(ratios[np.isfinite(ratios)] <= z)) if len(matched) else math.nan
+    ratios = _ratios(matched)
+    return float(np.mean(ratios <= z)) if len(ratios) else math.nan
 
 
 def coverage_curve(matched: MatchedSides) -> tuple[np.ndarray, np.ndarray]:
     """Of 99 central intervals of a Gaussian: the share that each ought to cover, and does."""
-    ratios = np.abs(matched.errors) / matched.std
-    ratios = np.sort(ratios[np.isfinite(ratios)])
+    ratios = np.sort(_ratios(matched))
     z = [NormalDist().inv_cdf((1 + level) / 2) for level in _LEVELS]
     return _LEVELS, np.searchsorted(ratios, z, side="right") / max(len(ratios), 1)
+
+
+def _ratios(matched: MatchedSides) -> np.ndarray:
+    """Absolute error by deviation, of the sides that have an error."""
+    used = np.isfinite(matched.errors)
+    return np.abs(matched.errors[used]) / matched.std[used]
 
 
 def calibration_error(matched: MatchedSides) -> float:
@@ -196,10 +207,14 @@ def calibration_error(matched: MatchedSides) -> float:
 
 
 def negative_log_likelihood(matched: MatchedSides) -> float:
-    """Of the errors under Gaussians with these deviations, the mean over all sides; nats."""
-    ratios = matched.errors / matched.std
-    values = np.log(matched.std * math.sqrt(2 * math.pi)) + ratios**2 / 2
-    return float(np.nanmean(values)) if len(matched) else math.nan
+    """
+    Of the errors under Gaussians with these deviations, the mean over all sides; nats, NaN without
+    any.
+    """
+    used = np.isfinite(matched.errors)
+    ratios, std = _ratios(matched), matched.std[used]
+    values = np.log(std * math.sqrt(2 * math.pi)) + ratios**2 / 2
+    return float(values.mean()) if len(values) else math.nan
 
 
 def spearman(matched: MatchedSides) -> list[float]:
@@ -223,21 +238,19 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def summary(matched: MatchedSides) -> dict[str, float]:
-    """The numbers of the first table."""
+    """The numbers of the tables; NaN where there are no errors."""
+    used, ranks = np.isfinite(matched.errors), spearman(matched)
     return {
         "coverage of 68 % intervals": coverage(matched, 1.0),
         "coverage of 95 % intervals": coverage(matched, 1.96),
         "expected calibration error": calibration_error(matched),
         "negative log-likelihood": negative_log_likelihood(matched),
-        "median deviation [px]": float(np.median(matched.std)) if len(matched) else math.nan,
-        "Spearman": float(np.mean(spearman(matched))),
+        "median deviation [px]": float(np.median(matched.std[used])) if used.any() else math.nan,
+        "Spearman": float(np.mean(ranks)),
+        # What no deviation accounts for; over all sides it says whether boxes lie too far right and
+        # below.
+        "mean error [px]": float(matched.errors[used].mean()) if used.any() else math.nan,
     }
-
-
-def mean_errors(matched: MatchedSides) -> list[float]:
-    """Of each side, pixels: what no deviation accounts for."""
-    errors = [x[np.isfinite(x)] for x in matched.errors.T]
-    return [float(x.mean()) if len(x) else math.nan for x in errors]
 
 
 def size_classes(matched: MatchedSides) -> list[tuple[str, MatchedSides]]:

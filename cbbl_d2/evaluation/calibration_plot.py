@@ -5,7 +5,14 @@ import math
 import numpy as np
 from cbbl_d2.messages import plot_text
 
-from .calibration import ONE_SIGMA, MatchedSides, coverage, coverage_curve, size_classes
+from .calibration import (
+    ONE_SIGMA,
+    SIDES,
+    MatchedSides,
+    coverage,
+    coverage_curve,
+    size_classes,
+)
 
 _COLORS = ("#777777", "#0072b2", "#d55e00")
 _NUM_BINS = 10
@@ -30,8 +37,10 @@ def plot_calibration(path, title: str, versions: dict[str, MatchedSides]) -> Non
     curve.plot([0, 1], [0, 1], "--", color="#bbbbbb", zorder=0)
     for (name, matched), color in zip(versions.items(), _COLORS):
         curve.plot(*coverage_curve(matched), color=color, label=name)
+        for i in range(len(SIDES)):
+            curve.plot(*coverage_curve(matched.side(i)), color=color, linewidth=0.6, alpha=0.6)
     curve.set(xlabel="share that the interval ought to cover", ylabel="share of the errors in it")
-    curve.set_title("Reliability: above the diagonal, too modest", fontsize=10)
+    curve.set_title("Reliability: above the diagonal, too modest (thin: each side)", fontsize=10)
     for axis in (curve.xaxis, curve.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     curve.set_aspect("equal")

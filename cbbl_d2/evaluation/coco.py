@@ -60,6 +60,8 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
     Masks and keypoints are evaluated where the predictions hold them, as Detectron2 does, and
     where there is no prediction at all with the metrics NaN, as for boxes.
 
+    ``coco_instances_results.json`` has the field ``pred_boxes_std`` of detections, too.
+
     With an ``output_dir`` each evaluation leaves ``{data set}_per_class.csv`` and
     ``{data set}_pr_curves.png`` there, in place of those of the evaluation before.
     """
@@ -83,6 +85,17 @@ class SmallObjectCOCOEvaluator(COCOEvaluator):
     def ground_truth(self) -> COCO:
         """What predictions are compared with, without the boxes that do not count."""
         return self._coco_api
+
+    def process(self, inputs, outputs):
+        first = len(self._predictions)
+        super().process(inputs, outputs)
+        kept = [x for x in outputs if "instances" in x or "proposals" in x]
+        for prediction, output in zip(self._predictions[first:], kept, strict=True):
+            instances = output.get("instances")
+            if instances is not None and instances.has("pred_boxes_std"):
+                rows = instances.pred_boxes_std.tolist()
+                for detection, row in zip(prediction["instances"], rows, strict=True):
+                    detection["pred_boxes_std"] = row
 
     def _tasks_from_predictions(self, predictions):
         return super()._tasks_from_predictions(predictions) if predictions else self._expected_tasks

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from cbbl_d2.errors import UserError
+from cbbl_d2.messages import listed
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,11 +70,11 @@ def compare(model: nn.Module, exported: Exported, examples: Sequence[torch.Tenso
         nearest = torch.cat((apart.amin(dim=1)[:-1], apart.amin(dim=0)[:-1]))
         unmatched = int((nearest > 1).sum())
         if unmatched:
+            within = listed([f"{TOLERANCES[x]:g} in {OUTPUTS[x]}" for x in pairwise])
             raise UserError(
-                f"nothing written: on an image of {size} px {unmatched} of {len(nearest)} boxes of "
-                "the exported and the original model have no counterpart within "
-                f"{TOLERANCES['pred_boxes']} px and {TOLERANCES['scores']:g} of score; where many "
-                "scores are equal, NMS may choose others: try another --image"
+                f"nothing written: on an image of {size} px {unmatched} of {len(nearest)} objects "
+                f"of the exported and the original model have no counterpart within {within}; "
+                "where many scores are equal, NMS may choose others: try another --image"
             )
         matches = apart.argmin(dim=1)[:-1]
         num_objects += len(matches)

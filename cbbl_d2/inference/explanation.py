@@ -79,17 +79,19 @@ class Explanations:
         source: Source,
         coordinate_names: Sequence[str],
         style: ClassStyle,
+        box_label: str = "detection",
     ):
         """
         Args:
             folder: of the figures; it is made.
             coordinate_names: see :func:`cbbl_d2.modeling.keep_distributions`.
+            box_label: what the boxes are, which need not be those of the distributions alone.
         """
         self.written: list[str] = []
         self._problems: list[str] = []
         self._folder, self._files, self._names = folder, source.files, picture_names(source.files)
         self._targets, self._left = targets, list(targets)
-        self._coordinate_names, self._style = coordinate_names, style
+        self._coordinate_names, self._style, self._label = coordinate_names, style, box_label
 
     def take(self, frame: Frame, instances: Instances) -> None:
         """
@@ -131,7 +133,7 @@ class Explanations:
             name += "_" + os.path.splitext(os.path.basename(frame.file_name))[0]
         path = os.path.join(self._folder, f"{name}_{target.index}.png")
         with open_whole(path, "wb") as f:
-            plot_explanation(f, frame, one, self._coordinate_names, self._style)
+            plot_explanation(f, frame, one, self._coordinate_names, self._style, self._label)
         self.written.append(path)
 
 
@@ -163,7 +165,12 @@ def _names_of(file_name: str) -> tuple[str, str]:
 
 
 def plot_explanation(
-    path, frame: Frame, detection: Instances, coordinate_names: Sequence[str], style: ClassStyle
+    path,
+    frame: Frame,
+    detection: Instances,
+    coordinate_names: Sequence[str],
+    style: ClassStyle,
+    box_label: str,
 ) -> None:
     """
     The crop with the box and the deviation of its sides, and for each coordinate the probability of
@@ -197,7 +204,7 @@ def plot_explanation(
         axes.vlines(points[i], 0, probabilities[i], color=_GRAY, linewidth=1)
         axes.plot(points[i], probabilities[i], "o", color=_GRAY, markersize=5)
         values = [_coordinate(box, name)]
-        axes.axvline(values[0], color=_BLUE, label="detection")
+        axes.axvline(values[0], color=_BLUE, label=box_label)
         if truth is not None:
             values.append(_coordinate(truth, name))
             axes.axvline(values[1], color=_GREEN, linestyle="--", label="ground truth")

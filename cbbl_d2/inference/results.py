@@ -1,6 +1,7 @@
 """Predictions as plain values: what is written to files."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class ImageResult:
         file_name: relative, with forward slashes.
         height, width: pixels of the image, after its EXIF orientation.
         detections: see :func:`to_detections`.
+        extra: the name of each field of :func:`extra_fields`, and how many numbers an object has in
+            it; also of an image without objects.
     """
 
     image_id: int
@@ -29,6 +32,7 @@ class ImageResult:
     height: int
     width: int
     detections: list[dict]
+    extra: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Results:
@@ -44,7 +48,11 @@ class Results:
         """
         image_id = (frame.record or {}).get("image_id", frame.index + 1)
         self._by_index[frame.index] = ImageResult(
-            image_id, frame.file_name, *frame.image.shape[:2], to_detections(instances, image_id)
+            image_id,
+            frame.file_name,
+            *frame.image.shape[:2],
+            to_detections(instances, image_id),
+            {k: math.prod(v.shape[1:]) for k, v in extra_fields(instances).items()},
         )
 
     def in_order(self) -> list[ImageResult]:

@@ -61,9 +61,11 @@ class CBBLDetectionModel(DetectionModel):
         min_overlap: by how many pixels neighboring slices overlap, at least. What touches the edge
             of a slice towards a neighbor, and reaches less far into it than this, is a piece of an
             object that the neighbor shows in full, and is left out. 0 (the default) keeps all.
+        last_fields: those of :class:`FieldsPrediction` of the last slice, a row for each object.
     """
 
     min_overlap = 0
+    last_fields: dict[str, torch.Tensor] = {}
 
     def load_model(self) -> None:
         opts = ["MODEL.MASK_ON", "False", "MODEL.DEVICE", str(self.device)]
@@ -112,6 +114,7 @@ class CBBLDetectionModel(DetectionModel):
         if instances.has("pred_keypoints"):
             keypoints = instances.pred_keypoints
             fields["pred_keypoints"] = keypoints + keypoints.new_tensor([*shift, 0])
+        self.last_fields = fields
         boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
         names = self.category_mapping or {}
         return [
@@ -219,6 +222,7 @@ class SlicedPredictor:
         instances.pred_boxes = Boxes(boxes.reshape(-1, 4))
         instances.scores = torch.tensor([x.score.value for x in found], dtype=torch.float32)
         instances.pred_classes = torch.tensor([x.category.id for x in found], dtype=torch.int64)
-        for name in found[0].fields if found else ():
-            instances.set(name, torch.stack([x.fields[name] for x in found]))
+        for name, last in self._model.last_fields.items():
+            rows = [x.fields[name] for x in found]
+            instances.set(name, torch.stack(rows) if rows else last[:0])
         return instances

@@ -21,8 +21,6 @@ from .names import unique_stems
 from .results import ImageResult
 
 _COLUMNS = "image_id file_name class_id class score x_min y_min x_max y_max".split()
-# Fields of a detection that the columns of the CSV file hold already, or cannot hold.
-_NOT_EXTRA = ("image_id", "category_id", "bbox", "score", "segmentation", "keypoints")
 
 
 def write_coco_results(path: str, results: Sequence[ImageResult], classes: Classes) -> None:
@@ -72,8 +70,7 @@ def write_csv(path: str, results: Sequence[ImageResult], classes: Classes) -> No
     y_max``, in pixels; then other fields of the model, if it makes any, as ``NAME_0, NAME_1``, ...
     A name that a spreadsheet would take for a formula begins with ``'``.
     """
-    detections = [d for result in results for d in result.detections]
-    names = {k: np.size(v) for d in detections[:1] for k, v in d.items() if k not in _NOT_EXTRA}
+    names = {k: size for result in results for k, size in result.extra.items()}
     extra = [f"{k}_{i}" if size > 1 else k for k, size in names.items() for i in range(size)]
     with open_whole(path) as f:
         table = csv.writer(f, lineterminator="\n")

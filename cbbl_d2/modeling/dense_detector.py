@@ -40,7 +40,7 @@ class DistributionsPerAnchor:
     and ``voting_sigma``, see :func:`variance_voting`.
     """
 
-    can_vote = True  # MODEL.CBBL.VOTING_SIGMA
+    has_distributions = True  # MODEL.CBBL.VOTING_SIGMA and STD_SCALE
     keeps_distributions = False  # see set_uncertainty()
     can_refine = True  # MODEL.CBBL.REFINEMENT
     loss_prefix = "loss_box"  # of the names of all losses of localization but the first

@@ -25,7 +25,7 @@ from .refinement import Refinement, results_of
 class _RefinedBoxes:
     """For a class of Detectron2's ROI heads, before it among the bases: what ours share."""
 
-    can_vote = True  # MODEL.CBBL.VOTING_SIGMA
+    has_distributions = True  # MODEL.CBBL.VOTING_SIGMA and STD_SCALE
     can_refine = True  # MODEL.CBBL.REFINEMENT
 
     @configurable

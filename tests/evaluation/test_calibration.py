@@ -72,7 +72,34 @@ def test_rank_correlation():
 def test_bias_is_shown():
     matched = drawn()
     moved = MatchedSides(matched.errors + [1, 0, -2, 0], *list(vars(matched).values())[1:])
-    assert calibration.mean_errors(moved) == pytest.approx([1, 0, -2, 0], abs=0.1)
+    means = [calibration.summary(moved.side(i))["mean error [px]"] for i in range(4)]
+    assert means == pytest.approx([1, 0, -2, 0], abs=0.1)
+    assert calibration.summary(moved)["mean error [px]"] == pytest.approx(-0.25, abs=0.1)
+
+
+def test_a_side_alone():
+    matched = drawn(scale=(0.5, 1.0, 2.0, 3.0))
+    coverages = [calibration.coverage(matched.side(i), 1.0) for i in range(4)]
+    expected = [math.erf(1 / x / math.sqrt(2)) for x in (0.5, 1.0, 2.0, 3.0)]
+    assert coverages == pytest.approx(expected, abs=0.01)
+    assert calibration.coverage(matched, 1.0) == pytest.approx(np.mean(coverages))
+    ranks = [calibration.summary(matched.side(i))["Spearman"] for i in range(4)]
+    assert ranks == pytest.approx(calibration.spearman(matched))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sides_on_the_border_do_not_count():
+    """Not in any number: here they are those of which the head was least sure."""
+    expected, clipped = drawn(400), drawn(400)
+    border = np.random.default_rng(1).random((400, 4)) < 0.3
+    for matched in (expected, clipped):
+        matched.errors[border] = np.nan
+    clipped.std[border] = 1e6
+    assert calibration.summary(clipped) == pytest.approx(calibration.summary(expected))
+    clipped.errors[:] = np.nan
+    numbers = calibration.summary(clipped)
+    numbers.pop("expected calibration error")
+    assert all(math.isnan(x) for x in numbers.values())
 
 
 def test_too_few_in_a_half():

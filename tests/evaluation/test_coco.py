@@ -235,6 +235,22 @@ def evaluate_instances(cfg, name, predict):
     return evaluator.evaluate()
 
 
+def test_the_deviations_are_in_the_file_of_results(shapes, tmp_path):
+    evaluator = build_coco_evaluator(config(), shapes.name, str(tmp_path))
+    evaluator.reset()
+    records, expected = DatasetCatalog.get(shapes.name)[:3], []
+    for i, record in enumerate(records):
+        instances = ground_truth_as_predictions(record)
+        if i != 1:  # of a stock detector
+            instances.pred_boxes_std = torch.rand(len(instances), 4)
+        rows = instances.pred_boxes_std.tolist() if i != 1 else [None] * len(instances)
+        expected += [(record["image_id"], row) for row in rows]
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]
+    found = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [(d["image_id"], d.get("pred_boxes_std")) for d in found] == expected
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("limit", [50, 100, 150])
 def test_perfect_masks_and_keypoints(shapes, monkeypatch, fast, limit):

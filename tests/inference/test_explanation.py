@@ -61,6 +61,27 @@ def test_the_best_score_is_the_first(tmp_path, monkeypatch):
     assert seen == pytest.approx([0.9, 0.6])
 
 
+def test_each_coordinate_has_its_own_distribution(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *args, **kwargs: figures.append(self)
+    )
+    found = instances()
+    found.offset_probabilities = torch.rand(2, 4, 3).softmax(dim=2)
+    expected = (
+        found.offset_probabilities[1],
+        found.offset_coordinates[1] * torch.tensor([[80.0], [60], [80], [60]]),
+    )
+    explanations(tmp_path, "b.png:0").take(frame(), found)
+    axes = figures[0].axes[1:]
+    assert [x.get_title() for x in axes] == list(DELTAS)
+    for i, (one, value) in enumerate(zip(axes, (50, 35, 20, 30), strict=True)):
+        points, box = one.lines
+        assert points.get_ydata() == pytest.approx(expected[0][i].numpy())
+        assert points.get_xdata() == pytest.approx(expected[1][i].numpy())
+        assert box.get_xdata()[0] == value
+
+
 def green(path):
     picture = cv2.imread(str(path)).astype(int)
     blue, green, red = np.moveaxis(picture, -1, 0)

@@ -123,7 +123,10 @@ def test_slices_are_batched():
 def test_an_image_smaller_than_a_slice_and_one_without_objects():
     predictor = SlicedPredictor(SquareFinder(), 320, 0.2)
     assert found(predictor([draw((40, 60), (5, 6, 15, 18, 2, 0.7))])[0]) == [(5, 6, 15, 18, 2)]
-    assert found(predictor([draw((700, 700))])[0]) == []
+    nothing = predictor([draw((700, 700))])[0]
+    assert found(nothing) == []
+    # With the fields of the model, as without slices.
+    assert nothing.size.shape == (0, 2) and nothing.pred_keypoints.shape == (0, 1, 3)
     assert predictor([]) == []
 
 

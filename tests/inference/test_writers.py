@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -32,7 +33,7 @@ def results(make_instances):
     )
     empty = make_instances([], [], [], (10, 20))
     return [
-        ImageResult(5, "in/x.png", 40, 60, to_detections(found, 5)),
+        ImageResult(5, "in/x.png", 40, 60, to_detections(found, 5), {"pred_boxes_std": 4}),
         ImageResult(6, "y.png", 10, 20, to_detections(empty, 6)),
     ]
 
@@ -91,6 +92,13 @@ def test_csv(results, tmp_path):
     box = [float(first[k]) for k in ("x_min", "y_min", "x_max", "y_max", "score")]
     assert box == [6, 4, 18, 14, 0.75]
     assert [float(first[f"pred_boxes_std_{i}"]) for i in range(4)] == [0.5, 1, 1.5, 2]
+
+
+def test_csv_without_objects_has_the_columns_of_the_detector(results, tmp_path):
+    write_csv(str(tmp_path / "all.csv"), results, CLASSES)
+    write_csv(str(tmp_path / "none.csv"), [dataclasses.replace(results[0], detections=[])], CLASSES)
+    lines = [(tmp_path / f"{name}.csv").read_text().splitlines() for name in ("all", "none")]
+    assert lines[0][:1] == lines[1] and lines[1][0].endswith("pred_boxes_std_3")
 
 
 def test_yolo(results, tmp_path):

@@ -12,6 +12,7 @@ from cbbl_d2.data.coco_format import register_coco_format  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
+SIDES = ("x1", "y1", "x2", "y2")
 ROOT = Path(__file__).parents[2]
 NAME, NUM_IMAGES, SIZE = "cbbl_test_calibration", 60, 200
 STD, SCALE = 0.03, (1.5, 2.0, 2.5, 3.0)
@@ -102,7 +103,20 @@ def test_the_key_that_makes_deviations_right(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{NAME}: 540 of 540 detections match" in out
     assert f"MODEL.CBBL.STD_SCALE: {tuple(numbers['std_scale'])}" in out
-    assert (tmp_path / "calibration/calibration.md").read_text() in out
+    text = (tmp_path / "calibration/calibration.md").read_text()
+    assert text in out
+    # The scale was fitted on the other half: refitted on this one, it would be another.
+    half = [numbers["scaled"]["by side"][x]["coverage of 68 % intervals"] for x in SIDES]
+    assert half != pytest.approx([0.683] * 4, abs=0.002)
+    for name in ("as it is", "scaled"):
+        tables = numbers[name]["by side"], numbers[name]["by size"]
+        assert [set(x) for x in tables] == [set(SIDES), {"8 to 16", "16 to 32", "32 to 96"}]
+        for of_part in (numbers[name], *tables[0].values(), *tables[1].values()):
+            for key, value in of_part.items():
+                assert key.startswith("by ") or f"{value:.3f}" in text
+        # Deviations that are too small by other factors on other sides, and not by size.
+        coverage = [x["coverage of 68 % intervals"] for x in tables[0].values()]
+        assert (coverage == sorted(coverage, reverse=True)) == (name == "as it is")
     assert cv2.imread(str(tmp_path / "calibration/calibration.png")) is not None
 
 
@@ -117,6 +131,11 @@ def test_goes_on_from_the_scale_of_the_config(run):
     "args, detector, message",
     (
         ((), Stock, "no pred_boxes_std"),
+        (
+            ("--config-file", str(ROOT / "configs/SmallShapes/smooth_l1.yaml")),
+            Detector,
+            "MODEL.ROI_HEADS.NAME StandardROIHeads: its boxes have no deviations",
+        ),
         (("--dataset", "nowhere"), Detector, "nowhere"),
         (("--iou", "2"), Detector, "--iou"),
     ),
