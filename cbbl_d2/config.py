@@ -92,6 +92,7 @@ def add_cbbl_config(cfg: CN) -> None:
 
     # Calibration of the standard deviations that detections carry, `pred_boxes_std`: what those of
     # the sides x1, y1, x2, y2 are multiplied by, four numbers > 0, as tools/calibration.py prints.
+    # For every detector whose boxes are C-BBL's.
     _C.MODEL.CBBL.STD_SCALE = (1.0, 1.0, 1.0, 1.0)
 
     # CBBLCascadeROIHeads: one value for each stage, or () for the value above in every stage. The
@@ -283,11 +284,10 @@ def stock_boxes(cfg: CN) -> str:
 
 def _check_boxes(cfg: CN) -> None:
     node, stock = cfg.MODEL.CBBL, stock_boxes(cfg)
-    for key, without, what in (
-        ("VOTING_SIGMA", 0, "vote"),
-        ("STD_SCALE", (1, 1, 1, 1), "have deviations to scale"),
+    for key, value, without, what in (
+        ("VOTING_SIGMA", node.VOTING_SIGMA, 0, "vote"),
+        ("STD_SCALE", tuple(node.STD_SCALE), (1, 1, 1, 1), "have deviations to scale"),
     ):
-        value = tuple(node[key]) if isinstance(without, tuple) else node[key]
         if stock and value != without:
             raise ConfigError(
                 f"MODEL.CBBL.{key} = {value}: must be {without} for {stock}: only detectors whose "

@@ -86,8 +86,8 @@ def match_sides(truth: COCO, detections: Sequence[dict], iou: float = 0.5) -> Ma
     """
     if any("pred_boxes_std" not in d for d in detections):
         raise UserError(
-            "these detections have no pred_boxes_std: only detectors whose boxes are C-BBL's do: "
-            "give one of them"
+            "these detections have no pred_boxes_std: give those of a detector whose boxes are "
+            "C-BBL's"
         )
     first = _first_half(truth, sorted(truth.getImgIds()))
     matches = _match(truth, detections, iou) if detections else []
@@ -184,10 +184,15 @@ def coverage(matched: MatchedSides, z: float) -> float:
 
 
 def coverage_curve(matched: MatchedSides) -> tuple[np.ndarray, np.ndarray]:
-    """Of 99 central intervals of a Gaussian: the share that each ought to cover, and does."""
+    """
+    Of 99 central intervals of a Gaussian: the share that each ought to cover, and does; NaN without
+    errors.
+    """
     ratios = np.sort(_ratios(matched))
+    if len(ratios) == 0:
+        return _LEVELS, np.full_like(_LEVELS, math.nan)
     z = [NormalDist().inv_cdf((1 + level) / 2) for level in _LEVELS]
-    return _LEVELS, np.searchsorted(ratios, z, side="right") / max(len(ratios), 1)
+    return _LEVELS, np.searchsorted(ratios, z, side="right") / len(ratios)
 
 
 def _ratios(matched: MatchedSides) -> np.ndarray:
@@ -239,14 +244,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def summary(matched: MatchedSides) -> dict[str, float]:
     """The numbers of the tables; NaN where there are no errors."""
-    used, ranks = np.isfinite(matched.errors), spearman(matched)
+    used = np.isfinite(matched.errors)
+    ranks = [x for x in spearman(matched) if math.isfinite(x)]
     return {
         "coverage of 68 % intervals": coverage(matched, 1.0),
         "coverage of 95 % intervals": coverage(matched, 1.96),
         "expected calibration error": calibration_error(matched),
         "negative log-likelihood": negative_log_likelihood(matched),
         "median deviation [px]": float(np.median(matched.std[used])) if used.any() else math.nan,
-        "Spearman": float(np.mean(ranks)),
+        "Spearman": float(np.mean(ranks)) if ranks else math.nan,
         # What no deviation accounts for; over all sides it says whether boxes lie too far right and
         # below.
         "mean error [px]": float(matched.errors[used].mean()) if used.any() else math.nan,

@@ -70,7 +70,10 @@ def compare(model: nn.Module, exported: Exported, examples: Sequence[torch.Tenso
         nearest = torch.cat((apart.amin(dim=1)[:-1], apart.amin(dim=0)[:-1]))
         unmatched = int((nearest > 1).sum())
         if unmatched:
-            within = listed([f"{TOLERANCES[x]:g} in {OUTPUTS[x]}" for x in pairwise])
+            within = listed(
+                f"{TOLERANCES[x]:g}{'' if x == 'scores' else ' px'} of {OUTPUTS[x]}"
+                for x in pairwise
+            )
             raise UserError(
                 f"nothing written: on an image of {size} px {unmatched} of {len(nearest)} objects "
                 f"of the exported and the original model have no counterpart within {within}; "

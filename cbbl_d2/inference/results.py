@@ -32,7 +32,7 @@ class ImageResult:
     height: int
     width: int
     detections: list[dict]
-    extra: dict[str, int] = dataclasses.field(default_factory=dict)
+    extra: dict[str, int]
 
 
 class Results:

@@ -33,6 +33,20 @@ class _DecodedSources:
         return self._transform.apply_deltas(deltas, boxes)
 
 
+class _DecodedCandidates:
+    """A detector that keeps what it has decoded, for one call: the detector itself serves many."""
+
+    def __init__(self, detector):
+        self._detector = detector
+
+    def __getattr__(self, name: str):
+        return getattr(self._detector, name)
+
+    def _decode_multi_level_predictions(self, *args) -> Instances:
+        self.candidates = self._detector._decode_multi_level_predictions(*args)
+        return self.candidates
+
+
 class DistributionsPerAnchor:
     """
     For a class of Detectron2's dense detectors, before it among the bases, with the attributes
@@ -87,11 +101,13 @@ class DistributionsPerAnchor:
         As in the base class, with variance voting if ``voting_sigma`` is not 0, and with one more
         field, ``pred_boxes_std``, see :meth:`CBBLFastRCNNOutputLayers.inference`.
         """
-        with results_of(self, "_decode_multi_level_predictions") as decodings:
-            result = super().inference_single_image(anchors, scores, logits, image_size)
+        detector = _DecodedCandidates(self)
+        result = super().inference_single_image.__func__(
+            detector, anchors, scores, logits, image_size
+        )
         decoded = result.pred_boxes.tensor
         if self.voting_sigma > 0:
-            (candidates,) = decodings
+            candidates = detector.candidates
             variances = self.box2box_transform.side_variances(
                 candidates.logits, candidates.source_boxes, candidates.pred_boxes.tensor
             )

@@ -97,9 +97,13 @@ def test_sides_on_the_border_do_not_count():
     clipped.std[border] = 1e6
     assert calibration.summary(clipped) == pytest.approx(calibration.summary(expected))
     clipped.errors[:] = np.nan
-    numbers = calibration.summary(clipped)
-    numbers.pop("expected calibration error")
-    assert all(math.isnan(x) for x in numbers.values())
+    assert all(math.isnan(x) for x in calibration.summary(clipped).values())
+    # A side that no number can be told of leaves the mean of the others.
+    clipped = drawn(400)
+    clipped.std[:, 0] = 1.0
+    ranks = calibration.spearman(clipped)
+    assert math.isnan(ranks[0])
+    assert calibration.summary(clipped)["Spearman"] == pytest.approx(np.mean(ranks[1:]))
 
 
 def test_too_few_in_a_half():

@@ -76,13 +76,11 @@ def test_how_far_they_are_apart_is_told(model):
 def test_a_difference_is_found(model, changes):
     where = "nothing written: on an image of 96x128 px"
     what = (
-        "the masks of the exported model differ by"
-        if "pred_masks" in list(changes)[:1]
-        else (
-            r"\d+ of \d+ objects .* no counterpart within 0.01 in boxes, 0.0001 in scores, 0.01 in "
-            "deviations"
-        )
+        r"\d+ of \d+ objects .* no counterpart within 0.01 px of boxes, 0.0001 of scores, 0.01 px "
+        "of deviations"
     )
+    if list(changes) == ["pred_masks"]:
+        what = "the masks of the exported model differ by"
     with pytest.raises(UserError, match=f"{where} {what}"):
         compare(model, changed(model, **changes), images()[:1])
 

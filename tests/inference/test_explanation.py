@@ -34,9 +34,9 @@ def source(*files):
     return Source([{"file_name": x} for x in files], relative_names(files, "/data"))
 
 
-def explanations(folder, *targets, files=("/data/a/b.png",)):
+def explanations(folder, *targets, files=("/data/a/b.png",), **kwargs):
     targets = [Target.parse(x) for x in targets]
-    return Explanations(str(folder), targets, source(*files), DELTAS, ClassStyle())
+    return Explanations(str(folder), targets, source(*files), DELTAS, ClassStyle(), **kwargs)
 
 
 @pytest.mark.parametrize("name", ("b.png", "a/b.png", "/data/a/b.png", "/data/x/../a/b.png"))
@@ -72,14 +72,14 @@ def test_each_coordinate_has_its_own_distribution(tmp_path, monkeypatch):
         found.offset_probabilities[1],
         found.offset_coordinates[1] * torch.tensor([[80.0], [60], [80], [60]]),
     )
-    explanations(tmp_path, "b.png:0").take(frame(), found)
+    explanations(tmp_path, "b.png:0", box_label="voted").take(frame(), found)
     axes = figures[0].axes[1:]
     assert [x.get_title() for x in axes] == list(DELTAS)
     for i, (one, value) in enumerate(zip(axes, (50, 35, 20, 30), strict=True)):
         points, box = one.lines
         assert points.get_ydata() == pytest.approx(expected[0][i].numpy())
         assert points.get_xdata() == pytest.approx(expected[1][i].numpy())
-        assert box.get_xdata()[0] == value
+        assert box.get_xdata()[0] == value and box.get_label() == "voted"
 
 
 def green(path):

@@ -34,7 +34,7 @@ def results(make_instances):
     empty = make_instances([], [], [], (10, 20))
     return [
         ImageResult(5, "in/x.png", 40, 60, to_detections(found, 5), {"pred_boxes_std": 4}),
-        ImageResult(6, "y.png", 10, 20, to_detections(empty, 6)),
+        ImageResult(6, "y.png", 10, 20, to_detections(empty, 6), {}),
     ]
 
 
@@ -60,7 +60,7 @@ def test_masks_are_run_lengths_in_results_and_polygons_in_annotations(make_insta
     masks = torch.zeros(1, 40, 60, dtype=torch.bool)
     masks[0, 4:14, 6:18] = True
     found = make_instances([[6, 4, 18, 14]], [0.5], [0], pred_masks=masks)
-    results = [ImageResult(1, "x.png", 40, 60, to_detections(found, 1))]
+    results = [ImageResult(1, "x.png", 40, 60, to_detections(found, 1), {})]
     write_coco_annotations(str(tmp_path / "a.json"), results, CLASSES)
     write_coco_results(str(tmp_path / "r.json"), results, CLASSES)
     (annotation,) = json.loads((tmp_path / "a.json").read_text())["annotations"]
@@ -74,7 +74,7 @@ def test_keypoints(make_instances, tmp_path):
     found = make_instances(
         [[6, 4, 18, 14]], [0.5], [0], pred_keypoints=torch.tensor([[[7.5, 5.5, 0.1], [9, 9, 0.2]]])
     )
-    results = [ImageResult(1, "x.png", 40, 60, to_detections(found, 1))]
+    results = [ImageResult(1, "x.png", 40, 60, to_detections(found, 1), {})]
     metadata = Metadata().set(keypoint_names=["p", "q"])
     write_coco_annotations(str(tmp_path / "a.json"), results, Classes(("a",), (1,), "", metadata))
     content = json.loads((tmp_path / "a.json").read_text())

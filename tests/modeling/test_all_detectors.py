@@ -361,6 +361,22 @@ def test_voting_is_the_mean_of_the_candidates_that_overlap(name, monkeypatch):
     assert moved > 0.5 and unequal > 0.1  # pixels
 
 
+def test_inference_leaves_nothing_on_the_model_that_another_thread_would_find(name, monkeypatch):
+    model = build(name, MODEL__CBBL__VOTING_SIGMA=0.0 if name == "rpn" else 0.5).eval()
+    set_score_threshold(model, 0.0)
+    (x,) = batch(0)
+    with torch.no_grad():
+        model([x])
+        before = [set(vars(module)) for module in model.modules()]
+        monkeypatch.setattr(
+            torch.nn.Module,
+            "__setattr__",
+            lambda self, key, value: pytest.fail(f"{type(self).__name__}.{key} was set"),
+        )
+        model([x])
+    assert before == [set(vars(module)) for module in model.modules()]
+
+
 def _decoders(model):
     """The modules that decode boxes of detections."""
     if not hasattr(model, "roi_heads"):

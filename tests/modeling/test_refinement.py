@@ -9,7 +9,8 @@ from cbbl_d2.distribution import exponential_grid
 from cbbl_d2.engine.gradient_stats import GradientStats
 from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import CBBLBox2BoxTransform, LocalizationLoss, Refinement
-from cbbl_d2.modeling.refinement import Localized, results_of
+from cbbl_d2.modeling.refinement import Localized, results_of, unchanged_statistics
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage
 
 from .detectors import DETECTORS, batch, build, config, localization_layers, set_score_threshold
@@ -366,6 +367,21 @@ def test_results_of_a_method_and_then_the_method_as_it_was():
     with pytest.raises(RuntimeError), results_of(module, "extra_repr"):
         raise RuntimeError
     assert vars(module)["extra_repr"] is replaced
+
+
+def test_synchronized_norms_of_detectron2_keep_their_statistics(monkeypatch):
+    """As if there were two processes, which it does not ask torch about."""
+    module = "detectron2.layers.batch_norm"
+    monkeypatch.setattr(f"{module}.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{module}.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{module}.differentiable_all_reduce", lambda x: 2 * x)
+    norm = NaiveSyncBatchNorm(3)
+    x = torch.randn(2, 3, 4, 4)
+    with unchanged_statistics(norm):
+        inside = norm(x)
+    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()
+    assert torch.equal(norm(x), inside)
+    assert not norm.running_mean.eq(0).any()
 
 
 @pytest.mark.parametrize(

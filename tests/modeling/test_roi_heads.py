@@ -103,11 +103,20 @@ def test_cascade_finds_what_the_base_class_finds(name):
 
 
 @pytest.mark.parametrize("name", ("rpn", "retinanet", "fcos"))
-def test_detectors_that_do_not_vote_say_so(name):
-    cfg = config(name, stock=name != "rpn")
-    cfg.MODEL.CBBL.VOTING_SIGMA = 0.05
-    with pytest.raises(ConfigError, match="VOTING_SIGMA = 0.05: must be 0 for MODEL"):
+def test_detectors_without_distributions_refuse_what_needs_them(name):
+    for key, value, message in (
+        ("VOTING_SIGMA", 0.05, "VOTING_SIGMA = 0.05: must be 0 for MODEL"),
+        (
+            "STD_SCALE",
+            (1.0, 1.0, 1.0, 1.2),
+            r"STD_SCALE = \(1.0, 1.0, 1.0, 1.2\): must be \(1, 1, 1",
+        ),
+    ):
+        cfg = config(name, stock=name != "rpn")
         check_cbbl_config(cfg)
+        cfg.MODEL.CBBL[key] = value
+        with pytest.raises(ConfigError, match=message):
+            check_cbbl_config(cfg)
 
 
 def test_voting_reaches_the_predictor():

@@ -75,7 +75,7 @@ def test_what_the_project_writes_it_reads_back(root):
         ]
         name = f"{'ab'[i % 2]}/{i}.png"
         image(root / "images" / name, size=(width, height))
-        results.append(ImageResult(i, name, height, width, found))
+        results.append(ImageResult(i, name, height, width, found, {}))
     names = ("no", "01", "ä: b")
     write_yolo(str(root), results, Classes(names, (1, 2, 3), "", Metadata()))
     convert_yolo(str(root))
