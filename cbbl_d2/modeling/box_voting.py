@@ -42,8 +42,8 @@ def variance_voting(
     Returns:
         Tensor: boxes, shape ``(D, 4)``. One without an overlapping candidate stays as it is.
     """
-    usable = torch.isfinite(candidates).all(dim=1) & torch.isfinite(candidate_scores)
-    usable &= torch.isfinite(candidate_variances).all(dim=1)
+    numbers = (candidates, candidate_variances, candidate_scores[:, None])
+    usable = torch.isfinite(torch.cat(numbers, dim=1)).all(dim=1)
     # Zero times a number that is not finite is not zero.
     candidates = torch.where(usable[:, None], candidates, 0)
     candidate_variances = torch.where(usable[:, None], candidate_variances, 1)
