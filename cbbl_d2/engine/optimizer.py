@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LRScheduler
 
+_LAYERS = ("bbox_pred", "anchor_deltas")
+
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """
@@ -19,8 +21,8 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
         ConfigError: an unknown optimizer.
     """
     if cfg.SOLVER.OPTIMIZER == "SGD":
-        return solver.build_optimizer(cfg, model)
-    if cfg.SOLVER.OPTIMIZER == "AdamW":
+        optimizer = solver.build_optimizer(cfg, model)
+    elif cfg.SOLVER.OPTIMIZER == "AdamW":
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -28,10 +30,41 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
             params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
         )
-    raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
+    else:
+        raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
+    scale_localization_lr(optimizer, model, cfg.SOLVER.BBOX_PRED_LR_FACTOR)
+    return optimizer
+
+
+def scale_localization_lr(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, factor: float
+) -> None:
+    """
+    Multiply the learning rate of the layers that predict offsets, or distributions in their place,
+    by ``factor``: those of RPN, box heads and dense heads, by the names that Detectron2 gives them.
+    They become parameter groups of their own at the end; with a factor of 1 nothing changes.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    if factor == 1:
+        return
+    layers = [m for name, m in model.named_modules() if name.split(".")[-1] in _LAYERS]
+    ids = {id(p) for layer in layers for p in layer.parameters()}
+    if not ids:
+        raise ConfigError(
+            f"SOLVER.BBOX_PRED_LR_FACTOR = {factor}: must be 1 for a model without a layer that is "
+            f"named {' or '.join(_LAYERS)}"
+        )
+    for group in list(optimizer.param_groups):
+        scaled = [p for p in group["params"] if id(p) in ids]
+        if scaled:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.add_param_group({**group, "params": scaled, "lr": factor * group["lr"]})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def follow_config(

@@ -247,7 +247,8 @@ class CBBLTrainer(DefaultTrainer):
         if not same_kind or [len(g["params"]) for g in new] != [len(g["params"]) for g in old]:
             raise UserError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoints are of another optimizer than "
-                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}, or of one for other layers, which "
+                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}, of one for other layers, or with a "
+                "SOLVER.BBOX_PRED_LR_FACTOR of 1 instead of another number, or the reverse, which "
                 "--resume cannot change: give one as MODEL.WEIGHTS and another OUTPUT_DIR, without "
                 "--resume"
             )

@@ -307,6 +307,24 @@ def test_resume_with_another_optimizer_is_refused(tiny_cfg):
         trained(cfg, 4, resume=True)
 
 
+def test_resume_with_another_rate_of_the_localization(tiny_cfg, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cbbl_d2"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    cfg = tiny_cfg
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 0, 0, ()
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.BASE_LR = "WarmupMultiStepLR", 1e-3
+    cfg.SOLVER.BBOX_PRED_LR_FACTOR = 2.0
+    trained(cfg, 2, resume=False)
+    cfg.SOLVER.BBOX_PRED_LR_FACTOR = 8.0
+    trainer, _ = trained(cfg, 3, resume=True)
+    groups = trainer._trainer.optimizer.param_groups
+    assert {round(g["lr"], 6) for g in groups} == {1e-3, 8e-3}
+    assert any("0.001 to 0.008 instead of 0.001 to 0.002" in r.getMessage() for r in caplog.records)
+    cfg.SOLVER.BBOX_PRED_LR_FACTOR = 1.0
+    with pytest.raises(UserError, match="BBOX_PRED_LR_FACTOR of 1 instead of another"):
+        trained(cfg, 4, resume=True)
+
+
 # -- the output folder -----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cbbl_d2.distribution import two_hot
 from cbbl_d2.engine import CBBLCheckpointer
+from cbbl_d2.engine.optimizer import build_optimizer
 from cbbl_d2.modeling import LocalizationLoss, keep_distributions
 from cbbl_d2.modeling.uncertainty import std_in_pixels
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
@@ -15,7 +16,15 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .detectors import DETECTORS, batch, build, image, localization_layers, set_score_threshold
+from .detectors import (
+    DETECTORS,
+    batch,
+    build,
+    config,
+    image,
+    localization_layers,
+    set_score_threshold,
+)
 
 pytestmark = pytest.mark.parametrize("name", DETECTORS)
 
@@ -44,6 +53,31 @@ def test_training_step(name, num_objects):
     for prefix in DETECTORS[name].prefixes:
         for scalar in ("clipped_fraction", "entropy_gap", "offset_l1"):
             assert (f"{prefix}/{scalar}" in scalars) == any(num_objects)
+
+
+@pytest.mark.parametrize("optimizer", ("SGD", "AdamW"))
+@pytest.mark.parametrize("stock", (False, True))
+def test_learning_rate_of_the_localization(name, stock, optimizer):
+    """Of all layers that predict boxes, also of a stock RPN under a C-BBL head."""
+    model = build(name, stock)
+    cfg = config(
+        name,
+        stock,
+        SOLVER__BASE_LR=0.5,
+        SOLVER__BBOX_PRED_LR_FACTOR=4.0,
+        SOLVER__OPTIMIZER=optimizer,
+    )
+    groups = build_optimizer(cfg, model).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    layers = {layer for detector in DETECTORS.values() for layer in detector.new_layers}
+    scaled = 0
+    for parameter, value in model.named_parameters():
+        if value.requires_grad:
+            of_a_layer = parameter.rpartition(".")[0] in layers
+            assert rates[id(value)] == (2.0 if of_a_layer else 0.5), parameter
+            scaled += of_a_layer
+    assert scaled >= 2 * len(localization_layers(name, model))
 
 
 class NoDoubles(TorchDispatchMode):

@@ -131,3 +131,20 @@ def test_gradients_are_clipped(monkeypatch):
         optimizer.step()
         clipped = parameter.grad.norm().item() <= cfg.train.clip_gradients.clip_value * 1.001
         assert clipped == enabled
+
+
+def test_learning_rate_of_the_localization(monkeypatch):
+    from detectron2.config import LazyConfig, instantiate
+
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import lazyconfig_train_net as tool
+
+    cfg = LazyConfig.load(str(ROOT / "configs" / "SmallShapes" / "cbbl.py"))
+    for factor in (1.0, 4.0):
+        cfg.train.bbox_pred_lr_factor = factor
+        model = instantiate(cfg.model)
+        optimizer = tool.build_optimizer(cfg, model)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        predictor = model.roi_heads.box_predictor
+        ratio = rates[id(predictor.bbox_pred.weight)] / rates[id(predictor.cls_score.weight)]
+        assert ratio == factor
