@@ -187,8 +187,10 @@ def add_cbbl_config(cfg: CN) -> None:
     # Options: "SGD" (Detectron2's own), "AdamW" (converges faster from scratch).
     _C.SOLVER.OPTIMIZER = "SGD"
     # The learning rate of the layers that predict offsets, or C-BBL's distributions over them, is
-    # SOLVER.BASE_LR times this, > 0; for any detector, stock or C-BBL.
+    # SOLVER.BASE_LR times this, > 0: of `bbox_pred` in box heads, RetinaNet and FCOS, and of
+    # `anchor_deltas` in an RPN. For any detector, stock or C-BBL.
     _C.SOLVER.BBOX_PRED_LR_FACTOR = 1.0
+    _C.SOLVER.ANCHOR_DELTAS_LR_FACTOR = 1.0
 
     # Every how many iterations to log mean and variance of the localization gradient by object
     # size, as `gradients/{head}/{size}/...`, see cbbl_d2/engine/gradient_stats.py; for any
@@ -372,6 +374,7 @@ _GRID = {
 _JITTER_SIZE = "(height, width) in pixels, with SCALE_JITTER"
 _VALUES = {
     "SOLVER.BBOX_PRED_LR_FACTOR": _POSITIVE,
+    "SOLVER.ANCHOR_DELTAS_LR_FACTOR": _POSITIVE,
     "SOLVER.GRADIENT_STATS_PERIOD": integer(0, note=" (0: off)"),
     "SOLVER.PROCESS_TIMEOUT": integer(1, 10**6, note=" (minutes)"),
     "SOLVER.EARLY_STOPPING": integer(0, note=" (evaluations; 0: off)"),

@@ -10,15 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LRScheduler
 
-_LAYERS = ("bbox_pred", "anchor_deltas")
-
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """
     ``SOLVER.OPTIMIZER`` with Detectron2's keys for learning rate, weight decay and clipping.
 
     Raises:
-        ConfigError: an unknown optimizer.
+        ConfigError: an unknown optimizer, or a factor for a layer that the model lacks.
     """
     if cfg.SOLVER.OPTIMIZER == "SGD":
         optimizer = solver.build_optimizer(cfg, model)
@@ -35,29 +33,33 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
         )
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
-    scale_localization_lr(optimizer, model, cfg.SOLVER.BBOX_PRED_LR_FACTOR)
+    for layer in ("bbox_pred", "anchor_deltas"):
+        scale_lr(optimizer, model, layer, cfg.SOLVER[f"{layer.upper()}_LR_FACTOR"])
     return optimizer
 
 
-def scale_localization_lr(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, factor: float
+def scale_lr(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, layer: str, factor: float
 ) -> None:
     """
-    Multiply the learning rate of the layers that predict offsets, or distributions in their place,
-    by ``factor``: those of RPN, box heads and dense heads, by the names that Detectron2 gives them.
-    They become parameter groups of their own at the end; with a factor of 1 nothing changes.
+    Multiply the learning rate of all layers of one name by ``factor``. They become parameter groups
+    of their own at the end; with a factor of 1 nothing changes.
+
+    Args:
+        layer: "bbox_pred", of box heads and dense heads, or "anchor_deltas", of an RPN: the names
+            that Detectron2 has for what predicts offsets, or distributions in their place.
 
     Raises:
         ConfigError: the model has no such layer.
     """
     if factor == 1:
         return
-    layers = [m for name, m in model.named_modules() if name.split(".")[-1] in _LAYERS]
-    ids = {id(p) for layer in layers for p in layer.parameters()}
+    layers = [m for name, m in model.named_modules() if name.split(".")[-1] == layer]
+    ids = {id(p) for m in layers for p in m.parameters()}
     if not ids:
         raise ConfigError(
-            f"SOLVER.BBOX_PRED_LR_FACTOR = {factor}: must be 1 for a model without a layer that is "
-            f"named {' or '.join(_LAYERS)}"
+            f"SOLVER.{layer.upper()}_LR_FACTOR = {factor}: must be 1 for a model without a layer "
+            f"that is named {layer}"
         )
     for group in list(optimizer.param_groups):
         scaled = [p for p in group["params"] if id(p) in ids]

@@ -248,7 +248,7 @@ class CBBLTrainer(DefaultTrainer):
             raise UserError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoints are of another optimizer than "
                 f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}, of one for other layers, or with a "
-                "SOLVER.BBOX_PRED_LR_FACTOR of 1 instead of another number, or the reverse, which "
+                "SOLVER.*_LR_FACTOR of 1 instead of another number, or the reverse, which "
                 "--resume cannot change: give one as MODEL.WEIGHTS and another OUTPUT_DIR, without "
                 "--resume"
             )

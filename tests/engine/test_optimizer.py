@@ -44,9 +44,11 @@ def test_unknown_optimizer(tiny_cfg):
         build_optimizer(tiny_cfg, small_model())
 
 
-def test_a_model_without_localization_has_no_other_rate_for_it(tiny_cfg):
-    tiny_cfg.SOLVER.BBOX_PRED_LR_FACTOR = 2.0
-    with pytest.raises(ConfigError, match="BBOX_PRED_LR_FACTOR = 2.0: must be 1 for a model"):
+@pytest.mark.parametrize("layer", ("bbox_pred", "anchor_deltas"))
+def test_a_model_without_the_layer_has_no_other_rate_for_it(tiny_cfg, layer):
+    key = f"SOLVER.{layer.upper()}_LR_FACTOR"
+    tiny_cfg.merge_from_list([key, 2.0])
+    with pytest.raises(ConfigError, match=f"{key} = 2.0: must be 1 for a model without a layer"):
         build_optimizer(tiny_cfg, small_model())
 
 

@@ -321,7 +321,7 @@ def test_resume_with_another_rate_of_the_localization(tiny_cfg, caplog, monkeypa
     assert {round(g["lr"], 6) for g in groups} == {1e-3, 8e-3}
     assert any("0.001 to 0.008 instead of 0.001 to 0.002" in r.getMessage() for r in caplog.records)
     cfg.SOLVER.BBOX_PRED_LR_FACTOR = 1.0
-    with pytest.raises(UserError, match="BBOX_PRED_LR_FACTOR of 1 instead of another"):
+    with pytest.raises(UserError, match=r"SOLVER\.\*_LR_FACTOR of 1 instead"):
         trained(cfg, 4, resume=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from cbbl_d2.distribution import two_hot
 from cbbl_d2.engine import CBBLCheckpointer
 from cbbl_d2.engine.optimizer import build_optimizer
+from cbbl_d2.errors import ConfigError
 from cbbl_d2.modeling import LocalizationLoss, keep_distributions
 from cbbl_d2.modeling.uncertainty import std_in_pixels
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
@@ -57,27 +58,28 @@ def test_training_step(name, num_objects):
 
 @pytest.mark.parametrize("optimizer", ("SGD", "AdamW"))
 @pytest.mark.parametrize("stock", (False, True))
-def test_learning_rate_of_the_localization(name, stock, optimizer):
-    """Of all layers that predict boxes, also of a stock RPN under a C-BBL head."""
+def test_learning_rates_of_the_localization(name, stock, optimizer):
+    """Of all layers that predict boxes, stock ones beside C-BBL's among them."""
     model = build(name, stock)
-    cfg = config(
-        name,
-        stock,
-        SOLVER__BASE_LR=0.5,
-        SOLVER__BBOX_PRED_LR_FACTOR=4.0,
-        SOLVER__OPTIMIZER=optimizer,
-    )
+    factors = {"bbox_pred": 4.0, "anchor_deltas": 6.0}
+    options = {f"SOLVER__{x.upper()}_LR_FACTOR": f for x, f in factors.items()}
+    if name in ("retinanet", "fcos"):
+        with pytest.raises(ConfigError, match="ANCHOR_DELTAS_LR_FACTOR = 6.0: must be 1"):
+            build_optimizer(config(name, stock, **options), model)
+        options["SOLVER__ANCHOR_DELTAS_LR_FACTOR"] = 1.0
+    cfg = config(name, stock, SOLVER__BASE_LR=0.5, SOLVER__OPTIMIZER=optimizer, **options)
     groups = build_optimizer(cfg, model).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates)
     layers = {layer for detector in DETECTORS.values() for layer in detector.new_layers}
-    scaled = 0
+    scaled = set()
     for parameter, value in model.named_parameters():
         if value.requires_grad:
-            of_a_layer = parameter.rpartition(".")[0] in layers
-            assert rates[id(value)] == (2.0 if of_a_layer else 0.5), parameter
-            scaled += of_a_layer
-    assert scaled >= 2 * len(localization_layers(name, model))
+            layer = parameter.rpartition(".")[0]
+            factor = factors[layer.rpartition(".")[2]] if layer in layers else 1.0
+            assert rates[id(value)] == 0.5 * factor, parameter
+            scaled |= {layer} & layers
+    assert scaled >= set(DETECTORS[name].new_layers)
 
 
 class NoDoubles(TorchDispatchMode):

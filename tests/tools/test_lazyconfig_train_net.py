@@ -133,18 +133,19 @@ def test_gradients_are_clipped(monkeypatch):
         assert clipped == enabled
 
 
-def test_learning_rate_of_the_localization(monkeypatch):
+def test_learning_rates_of_the_localization(monkeypatch):
     from detectron2.config import LazyConfig, instantiate
 
     monkeypatch.syspath_prepend(ROOT / "tools")
     import lazyconfig_train_net as tool
 
     cfg = LazyConfig.load(str(ROOT / "configs" / "SmallShapes" / "cbbl.py"))
-    for factor in (1.0, 4.0):
-        cfg.train.bbox_pred_lr_factor = factor
+    for factors in ((1.0, 1.0), (4.0, 6.0)):
+        cfg.train.bbox_pred_lr_factor, cfg.train.anchor_deltas_lr_factor = factors
         model = instantiate(cfg.model)
         optimizer = tool.build_optimizer(cfg, model)
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        predictor = model.roi_heads.box_predictor
-        ratio = rates[id(predictor.bbox_pred.weight)] / rates[id(predictor.cls_score.weight)]
-        assert ratio == factor
+        box, rpn = model.roi_heads.box_predictor, model.proposal_generator.rpn_head
+        other = rates[id(box.cls_score.weight)]
+        ratios = [rates[id(x.weight)] / other for x in (box.bbox_pred, rpn.anchor_deltas)]
+        assert ratios == pytest.approx(factors)
