@@ -10,6 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LRScheduler
 
+# Detectron2's names of the layers that predict offsets, or distributions in their place: of box
+# heads and dense heads, and of an RPN.
+LAYERS = ("bbox_pred", "anchor_deltas")
+
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """
@@ -33,33 +37,35 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
         )
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
-    for layer in ("bbox_pred", "anchor_deltas"):
-        scale_lr(optimizer, model, layer, cfg.SOLVER[f"{layer.upper()}_LR_FACTOR"])
+    for layer in LAYERS:
+        key = f"{layer.upper()}_LR_FACTOR"
+        scale_lr(optimizer, model, layer, cfg.SOLVER[key], f"SOLVER.{key}")
     return optimizer
 
 
 def scale_lr(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, layer: str, factor: float
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, layer: str, factor: float, key: str
 ) -> None:
     """
     Multiply the learning rate of all layers of one name by ``factor``. They become parameter groups
     of their own at the end; with a factor of 1 nothing changes.
 
     Args:
-        layer: "bbox_pred", of box heads and dense heads, or "anchor_deltas", of an RPN: the names
-            that Detectron2 has for what predicts offsets, or distributions in their place.
+        layer: one of ``LAYERS``.
+        key: of the config, where ``factor`` comes from.
 
     Raises:
-        ConfigError: the model has no such layer.
+        ConfigError: ``factor`` is not above 0, or the optimizer trains no such layer.
     """
+    if not factor > 0:
+        raise ConfigError(f"{key} = {factor}: must be a number > 0")
     if factor == 1:
         return
     layers = [m for name, m in model.named_modules() if name.split(".")[-1] == layer]
-    ids = {id(p) for m in layers for p in m.parameters()}
+    ids = {id(p) for m in layers for p in m.parameters() if p.requires_grad}
     if not ids:
         raise ConfigError(
-            f"SOLVER.{layer.upper()}_LR_FACTOR = {factor}: must be 1 for a model without a layer "
-            f"that is named {layer}"
+            f"{key} = {factor}: must be 1 where no layer that is named {layer} is trained"
         )
     for group in list(optimizer.param_groups):
         scaled = [p for p in group["params"] if id(p) in ids]
@@ -67,6 +73,26 @@ def scale_lr(
             group["params"] = [p for p in group["params"] if id(p) not in ids]
             optimizer.add_param_group({**group, "params": scaled, "lr": factor * group["lr"]})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def can_resume(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> bool:
+    """
+    Whether the state of an optimizer, as it stands in a checkpoint, is of the same kind, for the
+    same parameters in the same groups. Of these the shapes are compared: names are not saved.
+    """
+    new, old = optimizer.param_groups, saved["param_groups"]
+    if any(("betas" in a) != ("betas" in b) for a, b in zip(new, old)):
+        return False
+    if [len(group["params"]) for group in new] != [len(group["params"]) for group in old]:
+        return False
+    parameters = [p for group in new for p in group["params"]]
+    indices = [index for group in old for index in group["params"]]
+    moments = [
+        (p, saved["state"].get(index, {}).get(name))
+        for p, index in zip(parameters, indices)
+        for name in ("exp_avg", "momentum_buffer")
+    ]
+    return all(moment is None or moment.shape == p.shape for p, moment in moments)
 
 
 def follow_config(
@@ -90,25 +116,26 @@ def follow_config(
     """
     changed = []
     if list(scheduler.base_lrs) != list(base_lrs):
-        changed.append(f"SOLVER.BASE_LR {_range(base_lrs)} instead of {_range(scheduler.base_lrs)}")
+        several = len({*base_lrs, *scheduler.base_lrs}) > 2
+        what = "SOLVER.BASE_LR times the factors of layers" if several else "SOLVER.BASE_LR"
+        changed.append(f"{what} {_distinct(base_lrs)} instead of {_distinct(scheduler.base_lrs)}")
         scheduler.base_lrs = list(base_lrs)
     old = [group["lr"] for group in optimizer.param_groups]
     new = scheduler.get_lr()
     if old != new:
-        changed.append(f"a learning rate of {_range(new)} instead of {_range(old)}")
+        changed.append(f"a learning rate of {_distinct(new)} instead of {_distinct(old)}")
         for group, base_lr, lr in zip(optimizer.param_groups, base_lrs, new):
             group["initial_lr"], group["lr"] = base_lr, lr
     for key in ("weight_decay", "momentum", "nesterov"):
         old = [group.get(key) for group in optimizer.param_groups]
         new = [group.get(key) for group in groups]
         if old != new:
-            changed.append(f"SOLVER.{key.upper()} {_range(new)} instead of {_range(old)}")
+            changed.append(f"SOLVER.{key.upper()} {_distinct(new)} instead of {_distinct(old)}")
             for group, value in zip(optimizer.param_groups, new):
                 group[key] = value
     return ", ".join(changed)
 
 
-def _range(values: Sequence[float]) -> str:
-    """Of the groups: "0 to 0.0001"."""
-    different = sorted(set(values))
-    return " to ".join(f"{value:g}" for value in dict.fromkeys((different[0], different[-1])))
+def _distinct(values: Sequence[float]) -> str:
+    """Of the groups: "0, 0.0001"."""
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))

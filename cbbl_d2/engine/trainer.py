@@ -31,7 +31,7 @@ from .hooks import (
     TrainingPrinter,
     WriteEvaluations,
 )
-from .optimizer import build_optimizer, follow_config
+from .optimizer import build_optimizer, can_resume, follow_config
 from .rng import preserve_rng
 from .stop import StopOnRequest, StopRequest
 from .validation_loss import validation_losses
@@ -242,15 +242,13 @@ class CBBLTrainer(DefaultTrainer):
             )
         optimizer = self._trainer.optimizer
         new = [dict(group) for group in optimizer.param_groups]
-        old = state_dict["_trainer"]["optimizer"]["param_groups"]
-        same_kind = all(("betas" in a) == ("betas" in b) for a, b in zip(new, old))
-        if not same_kind or [len(g["params"]) for g in new] != [len(g["params"]) for g in old]:
+        if not can_resume(optimizer, state_dict["_trainer"]["optimizer"]):
             raise UserError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoints are of another optimizer than "
                 f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}, of one for other layers, or with a "
-                "SOLVER.*_LR_FACTOR of 1 instead of another number, or the reverse, which "
-                "--resume cannot change: give one as MODEL.WEIGHTS and another OUTPUT_DIR, without "
-                "--resume"
+                "SOLVER.BBOX_PRED_LR_FACTOR or ANCHOR_DELTAS_LR_FACTOR of 1 instead of another "
+                "number, or the reverse, which --resume cannot change: give one as MODEL.WEIGHTS "
+                "and another OUTPUT_DIR, without --resume"
             )
         base_lrs = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)

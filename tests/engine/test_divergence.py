@@ -60,6 +60,7 @@ def prepared(cfg):
 
 def test_the_loss_and_the_images_are_named(tiny_cfg, caplog, monkeypatch):
     tiny_cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    tiny_cfg.SOLVER.BBOX_PRED_LR_FACTOR = 2.0
     trainer = prepared(tiny_cfg)
     seen = names_of_batches(trainer)
     trainer.register_hooks([Overflow(2)])
@@ -71,6 +72,7 @@ def test_the_loss_and_the_images_are_named(tiny_cfg, caplog, monkeypatch):
     assert "diverged at iteration 2: loss_cls is inf on the images" in message
     assert ", ".join(seen[2]) in message and not set(seen[1]) & set(message.split(", "))
     assert "lower SOLVER.BASE_LR" in message and "CLIP_GRADIENTS.ENABLED True" in message
+    assert "or BBOX_PRED_LR_FACTOR, 2, or set" in message and "ANCHOR_DELTAS" not in message
     # Depending on which test has set the log up, caplog is given it once or twice.
     record, *_ = [r for r in caplog.records if "Training ended" in r.getMessage()]
     assert record.levelno == logging.ERROR and record.exc_info is None

@@ -44,12 +44,60 @@ def test_unknown_optimizer(tiny_cfg):
         build_optimizer(tiny_cfg, small_model())
 
 
+def two_layers(frozen=False):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(3, 2) for name in ("cls_score", "bbox_pred")}
+    )
+    model["bbox_pred"].requires_grad_(not frozen)
+    return model
+
+
 @pytest.mark.parametrize("layer", ("bbox_pred", "anchor_deltas"))
-def test_a_model_without_the_layer_has_no_other_rate_for_it(tiny_cfg, layer):
+@pytest.mark.parametrize("model", (small_model(), two_layers(frozen=True)))
+def test_a_layer_that_is_not_trained_has_no_other_rate(tiny_cfg, layer, model):
     key = f"SOLVER.{layer.upper()}_LR_FACTOR"
     tiny_cfg.merge_from_list([key, 2.0])
-    with pytest.raises(ConfigError, match=f"{key} = 2.0: must be 1 for a model without a layer"):
-        build_optimizer(tiny_cfg, small_model())
+    with pytest.raises(ConfigError, match=f"{key} = 2.0: must be 1 where no layer"):
+        build_optimizer(tiny_cfg, model)
+
+
+@pytest.mark.parametrize("factor", (0.0, -1.0, float("nan")))
+def test_a_rate_must_be_above_zero(tiny_cfg, factor):
+    tiny_cfg.SOLVER.BBOX_PRED_LR_FACTOR = factor
+    with pytest.raises(ConfigError, match="SOLVER.BBOX_PRED_LR_FACTOR = .*: must be a number > 0"):
+        build_optimizer(tiny_cfg, two_layers())
+
+
+@pytest.mark.parametrize("name", ("SGD", "AdamW"))
+def test_a_factor_changes_the_rate_alone(tiny_cfg, name):
+    """Not weight decay, the bias's own factor, momentum or clipping."""
+    solver = tiny_cfg.SOLVER
+    solver.OPTIMIZER, solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS = name, 2.0, 0.0
+    solver.WEIGHT_DECAY = 0.2
+    solver.CLIP_GRADIENTS.ENABLED, solver.CLIP_GRADIENTS.CLIP_VALUE = True, 0.5
+    found = []
+    for factor in (1.0, 3.0):
+        solver.BBOX_PRED_LR_FACTOR = factor
+        model = two_layers()
+        optimizer = build_optimizer(tiny_cfg, model)
+        names = {id(p): name for name, p in model.named_parameters()}
+        settings = {
+            names[id(p)]: {k: v for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        found.append(settings)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 100.0)
+        optimizer.step()
+        assert all(p.grad.norm() == pytest.approx(0.5, rel=1e-3) for p in model.parameters())
+    plain, scaled = found
+    for parameter, settings in scaled.items():
+        factor = 3.0 if parameter.startswith("bbox_pred") else 1.0
+        assert settings.pop("lr") == pytest.approx(factor * plain[parameter].pop("lr"))
+        assert settings == plain[parameter]
+    assert plain["bbox_pred.weight"]["weight_decay"] == 0.2
 
 
 @pytest.mark.parametrize("name", ("SGD", "AdamW"))
@@ -61,10 +109,7 @@ def test_a_step_of_the_localization_is_as_many_times_as_long(tiny_cfg, name):
 
     def moved(factor):
         solver.BBOX_PRED_LR_FACTOR = factor
-        torch.manual_seed(0)
-        model = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(3, 2) for name in ("cls_score", "bbox_pred")}
-        )
+        model = two_layers()
         start = [p.detach().clone() for p in model.parameters()]
         optimizer = build_optimizer(tiny_cfg, model)
         scheduler = build_lr_scheduler(tiny_cfg, optimizer)

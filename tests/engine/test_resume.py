@@ -67,7 +67,8 @@ def train(cfg, output_dir, resume=False, interrupt_at=None):
     [
         [],
         # The evaluation comes between the checkpoint and the next iteration.
-        ["TEST.EVAL_PERIOD", 4, "INPUT.RANDOM_FLIP", "horizontal"],
+        ["TEST.EVAL_PERIOD", 4, "INPUT.RANDOM_FLIP", "horizontal"]
+        + ["SOLVER.BBOX_PRED_LR_FACTOR", 3.0, "SOLVER.ANCHOR_DELTAS_LR_FACTOR", 4.0],
         # Without a fixed seed the data stream still has one, and images wait in two buckets.
         pytest.param(
             ["SEED", -1, "INPUT.MIN_SIZE_TRAIN", (96, 128)],

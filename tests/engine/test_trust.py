@@ -319,10 +319,13 @@ def test_resume_with_another_rate_of_the_localization(tiny_cfg, caplog, monkeypa
     trainer, _ = trained(cfg, 3, resume=True)
     groups = trainer._trainer.optimizer.param_groups
     assert {round(g["lr"], 6) for g in groups} == {1e-3, 8e-3}
-    assert any("0.001 to 0.008 instead of 0.001 to 0.002" in r.getMessage() for r in caplog.records)
-    cfg.SOLVER.BBOX_PRED_LR_FACTOR = 1.0
-    with pytest.raises(UserError, match=r"SOLVER\.\*_LR_FACTOR of 1 instead"):
-        trained(cfg, 4, resume=True)
+    line = "SOLVER.BASE_LR times the factors of layers 0.001, 0.008 instead of 0.001, 0.002"
+    assert any(line in r.getMessage() for r in caplog.records)
+    # The groups of the last one are as many, and as large.
+    for factors in ((1.0, 1.0), (8.0, 8.0), (1.0, 8.0)):
+        cfg.SOLVER.BBOX_PRED_LR_FACTOR, cfg.SOLVER.ANCHOR_DELTAS_LR_FACTOR = factors
+        with pytest.raises(UserError, match="ANCHOR_DELTAS_LR_FACTOR of 1 instead of another"):
+            trained(cfg, 4, resume=True)
 
 
 # -- the output folder -----------------------------------------------------------------------------

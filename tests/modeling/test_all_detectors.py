@@ -64,7 +64,7 @@ def test_learning_rates_of_the_localization(name, stock, optimizer):
     factors = {"bbox_pred": 4.0, "anchor_deltas": 6.0}
     options = {f"SOLVER__{x.upper()}_LR_FACTOR": f for x, f in factors.items()}
     if name in ("retinanet", "fcos"):
-        with pytest.raises(ConfigError, match="ANCHOR_DELTAS_LR_FACTOR = 6.0: must be 1"):
+        with pytest.raises(ConfigError, match="ANCHOR_DELTAS_LR_FACTOR = 6.0: must be 1 where"):
             build_optimizer(config(name, stock, **options), model)
         options["SOLVER__ANCHOR_DELTAS_LR_FACTOR"] = 1.0
     cfg = config(name, stock, SOLVER__BASE_LR=0.5, SOLVER__OPTIMIZER=optimizer, **options)
