@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from cbbl_d2.devices import device_kind, usable_device
 from cbbl_d2.engine import CBBLCheckpointer, launch, one_line_errors, start_log
-from cbbl_d2.engine.optimizer import LAYERS, scale_lr
+from cbbl_d2.engine.optimizer import LR_FACTORS, scale_lr
 from cbbl_d2.errors import UserError
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import (
@@ -46,8 +46,8 @@ def build_optimizer(cfg: DictConfig, model: torch.nn.Module) -> torch.optim.Opti
     model = getattr(model, "module", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    for layer in LAYERS:
-        key = f"{layer}_lr_factor"
+    for layer, key in LR_FACTORS.items():
+        key = key.lower()
         scale_lr(optimizer, model, layer, cfg.train.get(key, 1.0), f"train.{key}")
     # Detectron2 clips gradients by its YAML keys alone.
     clipping = get_cfg()

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from .checkpoint import not_finite
 from .lost_process import has_lost_process, has_timed_out
-from .optimizer import LAYERS
+from .optimizer import LR_FACTORS
 
 # As Detectron2 writes the losses into its FloatingPointError, with or without NumPy's type.
 _LOSS = re.compile(r"'([^']+)': (?:np\.float64\()?(nan|-?inf)")
@@ -62,11 +62,11 @@ def explain_divergence(
     clip = "set SOLVER.CLIP_GRADIENTS.ENABLED True"
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         clip = f"lower SOLVER.CLIP_GRADIENTS.CLIP_VALUE, {cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE:g}"
-    keys = [f"{layer.upper()}_LR_FACTOR" for layer in LAYERS]
-    factors = [f"or {key}, {cfg.SOLVER[key]:g}, " for key in keys if cfg.SOLVER[key] > 1]
+    scaled = [key for key in LR_FACTORS.values() if cfg.SOLVER[key] > 1]
+    factors = "".join(f"or {key}, {cfg.SOLVER[key]:g}, " for key in scaled)
     return (
         f"training has diverged at iteration {iteration}: {what}{where}: lower SOLVER.BASE_LR (the "
-        f"learning rate was {learning_rate:.3g}), {''.join(factors)}or {clip}; if it is always "
+        f"learning rate was {learning_rate:.3g}), {factors}or {clip}; if it is always "
         "the same images, check their annotations with tools/check_dataset.py"
     )
 

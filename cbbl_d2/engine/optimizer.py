@@ -10,9 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LRScheduler
 
-# Detectron2's names of the layers that predict offsets, or distributions in their place: of box
-# heads and dense heads, and of an RPN.
-LAYERS = ("bbox_pred", "anchor_deltas")
+# Name that Detectron2 gives the layer of offsets, or of distributions in their place, in box heads
+# and dense heads, and in an RPN -> the key below SOLVER that multiplies its learning rate.
+LR_FACTORS = {"bbox_pred": "BBOX_PRED_LR_FACTOR", "anchor_deltas": "ANCHOR_DELTAS_LR_FACTOR"}
 
 
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -37,8 +37,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
         )
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER = {cfg.SOLVER.OPTIMIZER!r}: must be SGD or AdamW")
-    for layer in LAYERS:
-        key = f"{layer.upper()}_LR_FACTOR"
+    for layer, key in LR_FACTORS.items():
         scale_lr(optimizer, model, layer, cfg.SOLVER[key], f"SOLVER.{key}")
     return optimizer
 
@@ -51,7 +50,7 @@ def scale_lr(
     of their own at the end; with a factor of 1 nothing changes.
 
     Args:
-        layer: one of ``LAYERS``.
+        layer: one of ``LR_FACTORS``.
         key: of the config, where ``factor`` comes from.
 
     Raises:
